@@ -1,0 +1,49 @@
+"""The tree of errors that the agent raises itself; a library's errors are translated at its boundary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class AgentError(Exception):
+    """Root of everything that the agent raises on purpose."""
+
+
+class ConfigError(AgentError, ValueError):
+    """A mistake in a configuration file: which file, which key, what was found, what was wanted."""
+
+    def __init__(self, file: Path | str, key: str, found: object, wanted: str) -> None:
+        self.file = str(file)
+        self.key = key
+        self.found = found
+        self.wanted = wanted
+        super().__init__(f"{file}: {key}: found {found!r}, wanted {wanted}")
+
+
+class RefusedError(AgentError):
+    """A message that must not leave the car. `reason` is a constant dotted name, safe to count and log."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        self.reason = reason
+        self.detail = detail
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+
+
+class ModelError(AgentError):
+    """The detector's file is missing, altered, or gives output that cannot be trusted."""
+
+
+class PositionError(AgentError, ValueError):
+    """A payload that should be a position fix and is not."""
+
+
+class EnvelopeError(AgentError, ValueError):
+    """Bytes that are not a valid envelope, or whose signature does not verify."""
+
+
+class LedgerError(AgentError):
+    """The ledger cannot be opened or written."""
+
+
+class EndpointError(AgentError, ConnectionError):
+    """An endpoint cannot be reached, or is not who or where the policy says it is."""

@@ -1,0 +1,164 @@
+"""The values that flow through the agent: frozen, slotted, keyword-only.
+
+Times are integers in nanoseconds. `*_ns` without a prefix is Unix time; `monotonic_ns` is CLOCK_BOOTTIME, which
+orders events while the wall clock is unset or jumps. Positions are WGS84 degrees. Boxes are upright picture pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One MQTT message as it came from the in-car broker."""
+
+    topic: str
+    payload: bytes
+    received_ns: int
+    monotonic_ns: int
+    content_type: str | None = None
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fix:
+    """One GNSS fix: WGS84 degrees, accuracy as a 95 % radius in metres."""
+
+    latitude: float
+    longitude: float
+    accuracy_m: float
+    time_ns: int
+    monotonic_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capture:
+    """The moment of capture on both clocks; the true moment lies within `doubt_ns` either way.
+
+    `boot_id` names the boot that `monotonic_ns` counts from: values of different boots cannot be compared.
+    """
+
+    time_ns: int
+    monotonic_ns: int
+    doubt_ns: int = 0
+    boot_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disc:
+    """Where the car may have been: every point within `radius_m` of a WGS84 position."""
+
+    latitude: float
+    longitude: float
+    radius_m: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """One detection: half-open pixel box [x1, x2) x [y1, y2) of the upright picture, score in 0..1."""
+
+    label: str
+    score: float
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redaction:
+    """What was masked in all pictures of one payload, and by which model (SHA-256, hex)."""
+
+    counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    pictures: int = 1
+    model_digest: str
+
+    def summary(self) -> str:
+        """`face=1,person=3`: labels sorted; `none` where nothing was found."""
+        return ",".join(f"{label}={count}" for label, count in sorted(self.counts.items()) if count) or "none"
+
+
+class Basis(StrEnum):
+    """What the region of a record rests on."""
+
+    GNSS = "gnss"
+    FIXED = "fixed"
+    REGISTRATION = "registration"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whereabouts:
+    """The regions in which a record may have been captured: sorted, never empty; stored with the record."""
+
+    regions: tuple[str, ...]
+    basis: Basis = Basis.GNSS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publish:
+    """Every candidate region permits these endpoints, in order of preference; never empty."""
+
+    endpoints: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """The doubt about the region permits no endpoint; a later fix may narrow it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refuse:
+    """The record must not leave the car; `reason` is a constant dotted name."""
+
+    reason: str
+
+
+Decision = Publish | Hold | Refuse
+
+
+class Priority(IntEnum):
+    """Order of delivery: a lower value goes first and is evicted last."""
+
+    URGENT = 0
+    LIVE = 1
+    BULK = 2
+
+
+class State(StrEnum):
+    """Where a received message stands; every message is in exactly one of these."""
+
+    PENDING = "pending"
+    HELD = "held"
+    DELIVERED = "delivered"
+    REFUSED = "refused"
+    EXPIRED = "expired"
+    EVICTED = "evicted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One accepted message as the ledger keeps it: `envelope` holds the redacted, tagged, signed payload.
+
+    `route` is the permitted endpoints in order of preference; empty while the record is held. `regions` are the
+    candidates at capture: they may be narrowed by later fixes, never widened or replaced.
+    """
+
+    id: str
+    state: State
+    route: tuple[str, ...]
+    regions: tuple[str, ...]
+    basis: Basis
+    data_class: str
+    topic: str
+    priority: Priority
+    capture: Capture
+    recorded_ns: int
+    expires_ns: int
+    sequence: int
+    envelope: bytes
