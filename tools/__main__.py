@@ -1,0 +1,49 @@
+"""`residency-tools`: one subcommand per module of this package, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "replay the bundled drive through the agent and judge the outcome",
+    "record": "record the traffic of a broker as MCAP",
+    "import": "turn other recordings into MCAP",
+    "replay": "play a recording into a broker",
+    "report": "make a page of a run",
+    "verify": "judge a run against a policy and expectations",
+    "compare": "run two policies, models or versions over the same recordings",
+    "listen": "receive, verify and store the stream of an endpoint",
+    "bench": "measure the agent beside its peers",
+    "evaluate": "measure a detector on labelled pictures",
+    "train": "train the detector",
+    "regions": "compile and look at the border file",
+}
+
+
+def _module_name(command: str) -> str:
+    return f"tools.{command}_" if command == "import" else f"tools.{command}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is the command's own, 2 for wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="residency-tools", description=__doc__)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if word in COMMANDS), None)
+    for command, summary in COMMANDS.items():
+        if importlib.util.find_spec(_module_name(command)) is None:
+            continue
+        if command == chosen:
+            importlib.import_module(_module_name(command)).add_parser(subparsers)
+        else:
+            subparsers.add_parser(command, help=summary)
+    arguments = parser.parse_args(argv)
+    return int(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
