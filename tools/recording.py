@@ -1,0 +1,302 @@
+"""Recordings of MQTT traffic as MCAP files.
+
+Layout: one channel per topic and form of payload; publish_time is the moment of capture, log_time that of receipt. The
+properties of a message stand just before it on the channel `/mqtt/meta`, linked by channel id and sequence number.
+Channels whose metadata says `derived` only help viewers. Provenance is a metadata record, a policy or a ground truth an
+attachment. A file that was cut at any byte reads up to the last whole record.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import zstandard
+from mcap.exceptions import EndOfFile, McapError
+from mcap.records import Attachment, Channel, Footer, McapRecord, Message, Metadata
+from mcap.stream_reader import StreamReader
+from mcap.writer import CompressionType, Writer
+
+from agent.errors import AgentError
+from tools.schemas import ChannelSchema, Form, fix_of, fix_schema, form_of, schema_of, unwrap, wrap
+
+META_TOPIC = "/mqtt/meta"
+FIX_PREFIX = "/fix/"
+PROVENANCE = "provenance"
+PROFILE = "residency-mqtt"
+CHUNK_BYTES = 1 << 20
+RECORD_LIMIT = 1 << 30  # bytes; a longer MCAP record is damage
+META_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "channel": {"type": "number"},
+        "sequence": {"type": "number"},
+        "qos": {"type": "number"},
+        "retain": {"type": "boolean"},
+        "payload_format": {"type": "number"},
+        "expiry_s": {"type": "number"},
+        "content_type": {"type": "string"},
+        "response_topic": {"type": "string"},
+        "correlation": {"type": "string", "contentEncoding": "base64"},
+        "user": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}},
+    },
+}
+
+
+class RecordingError(AgentError, ValueError):
+    """A file that is not a recording, or one that is damaged before its first message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Properties:
+    """The MQTT 5 properties of a PUBLISH that survive a recording; the order of user properties is kept."""
+
+    payload_format: int | None = None
+    expiry_s: int | None = None
+    content_type: str | None = None
+    response_topic: str | None = None
+    correlation: bytes | None = None
+    user: tuple[tuple[str, str], ...] = ()
+
+
+NO_PROPERTIES = Properties()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """One MQTT message of a recording; times in Unix nanoseconds."""
+
+    topic: str
+    payload: bytes
+    capture_ns: int
+    receipt_ns: int
+    qos: int = 1
+    retain: bool = False
+    properties: Properties = NO_PROPERTIES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a recording holds beside its messages. `complete` is False for a file that was cut."""
+
+    metadata: Mapping[str, Mapping[str, str]]
+    attachments: Mapping[str, bytes]
+    complete: bool
+
+    @property
+    def composite(self) -> bool:
+        """Whether the recording was put together from several drives."""
+        return self.metadata.get(PROVENANCE, {}).get("composite") == "true"
+
+
+@dataclass(slots=True, kw_only=True)
+class _Channels:
+    """What the writer has registered: channel ids by topic and form, and the next sequence number of each."""
+
+    ids: dict[tuple[str, Form | None], int] = field(default_factory=dict)
+    sequences: Counter[int] = field(default_factory=Counter)
+
+
+class RecordingWriter:
+    """Writes a recording; with `chunked=False` every message reaches the stream at once and no index is kept."""
+
+    def __init__(self, stream: IO[bytes], *, chunked: bool = True) -> None:
+        self._writer = Writer(stream, chunk_size=CHUNK_BYTES, compression=CompressionType.ZSTD, use_chunking=chunked)
+        self._writer.start(profile=PROFILE, library="residency-tools")
+        self._channels = _Channels()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish()
+
+    def write(self, message: Recorded) -> None:
+        """Append one message, its properties before it and its position, where it holds one, after it."""
+        form = form_of(message.payload)
+        channel = self._channel(message.topic, form, message.payload)
+        sequence = self._next(channel)
+        meta = _meta(message, channel, sequence)
+        if meta:
+            self._add(self._meta_channel(), message, json.dumps(meta, separators=(",", ":")).encode())
+        self._writer.add_message(
+            channel_id=channel,
+            log_time=message.receipt_ns,
+            publish_time=message.capture_ns,
+            data=wrap(form, message.topic, message.payload, message.capture_ns),
+            sequence=sequence,
+        )
+        fix = fix_of(message.topic, message.payload, message.capture_ns) if form is Form.JSON else None
+        if fix:
+            self._add(self._fix_channel(message.topic), message, fix)
+
+    def metadata(self, name: str, values: Mapping[str, str]) -> None:
+        """Append a metadata record."""
+        self._writer.add_metadata(name, dict(values))
+
+    def attach(self, name: str, media_type: str, data: bytes, time_ns: int = 0) -> None:
+        """Append an attachment."""
+        self._writer.add_attachment(time_ns, time_ns, name, media_type, data)
+
+    def finish(self) -> None:
+        """Write the index; the stream stays open."""
+        self._writer.finish()  # type: ignore[no-untyped-call]
+
+    def _add(self, channel: int, message: Recorded, data: bytes) -> None:
+        self._writer.add_message(
+            channel_id=channel,
+            log_time=message.receipt_ns,
+            publish_time=message.capture_ns,
+            data=data,
+            sequence=self._next(channel),
+        )
+
+    def _next(self, channel: int) -> int:
+        self._channels.sequences[channel] += 1
+        return self._channels.sequences[channel]
+
+    def _channel(self, topic: str, form: Form, payload: bytes) -> int:
+        known = self._channels.ids.get((topic, form))
+        if known is not None:
+            return known
+        return self._register(
+            (topic, form), topic, schema_of(form, topic, payload), form.encoding, {"form": form.value}
+        )
+
+    def _meta_channel(self) -> int:
+        schema = ChannelSchema(name="mqtt.Meta", encoding="jsonschema", data=json.dumps(META_SCHEMA).encode())
+        known = self._channels.ids.get((META_TOPIC, None))
+        return known or self._register((META_TOPIC, None), META_TOPIC, schema, "json", {"derived": "meta"})
+
+    def _fix_channel(self, topic: str) -> int:
+        key = (FIX_PREFIX + topic, None)
+        known = self._channels.ids.get(key)
+        return known or self._register(key, FIX_PREFIX + topic, fix_schema(), "protobuf", {"derived": "fix"})
+
+    def _register(
+        self,
+        key: tuple[str, Form | None],
+        topic: str,
+        schema: ChannelSchema,
+        encoding: str,
+        metadata: dict[str, str],
+    ) -> int:
+        schema_id = self._writer.register_schema(schema.name, schema.encoding, schema.data) if schema.name else 0
+        channel = self._writer.register_channel(topic, encoding, schema_id, metadata)
+        self._channels.ids[key] = channel
+        return channel
+
+
+def messages(path: Path) -> Iterator[Recorded]:
+    """Read the messages in the order of the file, which is that of receipt; a cut file ends early without an error."""
+    channels: dict[int, Channel] = {}
+    meta: dict[tuple[int, int], dict[str, Any]] = {}
+    for record in _records(path):
+        if isinstance(record, Channel):
+            channels[record.id] = record
+        elif isinstance(record, Message):
+            channel = channels[record.channel_id]
+            if channel.topic == META_TOPIC:
+                values = json.loads(record.data)
+                meta[values["channel"], values["sequence"]] = values
+            elif "derived" not in channel.metadata:
+                yield _recorded(channel, record, meta.pop((record.channel_id, record.sequence), {}))
+
+
+def contents(path: Path) -> Contents:
+    """Read metadata and attachments; of several with one name the last counts."""
+    metadata: dict[str, Mapping[str, str]] = {}
+    attachments: dict[str, bytes] = {}
+    complete = False
+    for record in _records(path, emit_chunks=True):
+        if isinstance(record, Metadata):
+            metadata[record.name] = record.metadata
+        elif isinstance(record, Attachment):
+            attachments[record.name] = record.data
+        complete = complete or isinstance(record, Footer)
+    return Contents(metadata=metadata, attachments=attachments, complete=complete)
+
+
+class _Whole:
+    """A stream whose short reads are the end of the file: half a record is none."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+
+    def read(self, length: int) -> bytes:
+        data = self._stream.read(length)
+        if len(data) < length:
+            raise EndOfFile
+        return data
+
+
+def _records(path: Path, *, emit_chunks: bool = False) -> Iterator[McapRecord]:
+    with path.open("rb") as stream:
+        reader = StreamReader(
+            _Whole(stream),  # type: ignore[arg-type]  # it reads, which is all that the reader asks for
+            emit_chunks=emit_chunks,
+            record_size_limit=RECORD_LIMIT,
+        )
+        began = False
+        try:
+            for record in reader.records:
+                began = True
+                yield record
+        except (McapError, zstandard.ZstdError, ValueError) as exc:
+            if not began or not isinstance(exc, EndOfFile):
+                message = f"{path}: not a readable recording: {exc or 'it ends before its first record'}"
+                raise RecordingError(message) from exc
+
+
+def _recorded(channel: Channel, record: Message, meta: Mapping[str, Any]) -> Recorded:
+    form = _form(channel)
+    correlation = meta.get("correlation")
+    return Recorded(
+        topic=channel.topic,
+        payload=unwrap(form, record.data),
+        capture_ns=record.publish_time,
+        receipt_ns=record.log_time,
+        qos=meta.get("qos", 1),
+        retain=meta.get("retain", False),
+        properties=Properties(
+            payload_format=meta.get("payload_format"),
+            expiry_s=meta.get("expiry_s"),
+            content_type=meta.get("content_type"),
+            response_topic=meta.get("response_topic"),
+            correlation=None if correlation is None else base64.b64decode(correlation),
+            user=tuple((key, value) for key, value in meta.get("user", ())),
+        ),
+    )
+
+
+def _form(channel: Channel) -> Form:
+    """Tell the form of a channel; files of other writers have no `form`, so the encoding stands in for it."""
+    named = channel.metadata.get("form")
+    if named in {form.value for form in Form}:
+        return Form(named)
+    return Form.JSON if channel.message_encoding == "json" else Form.OPAQUE
+
+
+def _meta(message: Recorded, channel: int, sequence: int) -> dict[str, Any] | None:
+    """Collect what differs from the defaults, or None where nothing does."""
+    properties = message.properties
+    values: dict[str, Any] = {
+        "qos": message.qos if message.qos != 1 else None,
+        "retain": message.retain or None,
+        "payload_format": properties.payload_format,
+        "expiry_s": properties.expiry_s,
+        "content_type": properties.content_type,
+        "response_topic": properties.response_topic,
+        "correlation": None if properties.correlation is None else base64.b64encode(properties.correlation).decode(),
+        "user": [list(pair) for pair in properties.user] or None,
+    }
+    given = {key: value for key, value in values.items() if value is not None}
+    return {"channel": channel, "sequence": sequence, **given} if given else None
