@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -18,6 +19,14 @@ class ConfigError(AgentError, ValueError):
         self.found = found
         self.wanted = wanted
         super().__init__(f"{file}: {key}: found {found!r}, wanted {wanted}")
+
+
+class InvalidConfigError(AgentError, ValueError):
+    """Every mistake that was found in a configuration, not only the first."""
+
+    def __init__(self, mistakes: Sequence[ConfigError]) -> None:
+        self.mistakes = tuple(mistakes)
+        super().__init__("\n".join(str(mistake) for mistake in mistakes))
 
 
 class RefusedError(AgentError):
@@ -43,6 +52,14 @@ class EnvelopeError(AgentError, ValueError):
 
 class LedgerError(AgentError):
     """The ledger cannot be opened or written."""
+
+
+class LedgerStalledError(LedgerError):
+    """The disk is full, read-only or failing: nothing was changed, and the same call may succeed later."""
+
+
+class LedgerCorruptError(LedgerError):
+    """The ledger's file is damaged: it is set aside when the ledger is opened again."""
 
 
 class EndpointError(AgentError, ConnectionError):

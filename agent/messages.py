@@ -14,14 +14,22 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One MQTT message as it came from the in-car broker."""
+    """One MQTT message as it came from the in-car broker.
+
+    `wait_ns` is the longest that it may have waited in the broker before it arrived: 0 unless a session was resumed.
+    """
 
     topic: str
     payload: bytes
     received_ns: int
     monotonic_ns: int
     content_type: str | None = None
-    traceparent: str | None = None
+    properties: tuple[tuple[str, str], ...] = ()
+    wait_ns: int = 0
+
+    def property(self, name: str) -> str | None:
+        """The first MQTT 5 user property of this name."""
+        return next((value for key, value in self.properties if key == name), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,115 @@
+"""The guard in front of every endpoint: who and where the peer is, judged before a byte of MQTT goes out.
+
+Invariants:
+- Every address that the endpoint's name resolves to lies inside its `networks`; one outside, and it is not used.
+- We connect to the address that was judged, never to the name, so a second answer of the DNS changes nothing.
+- The connected peer's address and public key are judged again before CONNECT.
+- TLS is at least 1.2 and always verified; the context is new for each connection, so that rotated files take effect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from paho.mqtt.client import SocketLike
+
+from agent.errors import EndpointError
+
+RESOLVE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerRules:
+    """What the policy demands of an endpoint's peer; empty `networks` and `spki_sha256` demand nothing."""
+
+    host: str
+    port: int
+    networks: tuple[str, ...] = ()
+    spki_sha256: tuple[str, ...] = ()
+    tls: bool = True
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+
+class _NamedContext(ssl.SSLContext):
+    """A client context that verifies one name, whatever address is connected to."""
+
+    name = ""
+
+    def wrap_socket(self, sock: socket.socket, *_: Any, **options: Any) -> ssl.SSLSocket:  # noqa: ANN401
+        options["server_hostname"] = self.name
+        return super().wrap_socket(sock, **options)
+
+
+async def resolve(rules: PeerRules) -> str:
+    """An address of the endpoint that may be connected to; raises EndpointError. Cancelling is safe."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(RESOLVE_SECONDS):
+            found = await loop.getaddrinfo(rules.host, rules.port, type=socket.SOCK_STREAM)
+    except (OSError, TimeoutError) as exc:
+        raise EndpointError(f"{rules.host}: cannot be resolved: {exc}") from exc
+    addresses = [str(entry[4][0]) for entry in found]
+    outside = [address for address in addresses if not inside(address, rules.networks)]
+    if outside or not addresses:
+        raise EndpointError(f"{rules.host} resolves to {outside or 'nothing'}, outside its networks")
+    return addresses[0]
+
+
+def inside(address: str, networks: Sequence[str]) -> bool:
+    """Whether an IP address lies in one of the CIDRs; with no CIDR given, everything does."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    return not networks or any(parsed in ipaddress.ip_network(network) for network in networks)
+
+
+def tls_context(rules: PeerRules) -> ssl.SSLContext | None:
+    """A new verifying context, or None for an endpoint without TLS; raises EndpointError for unusable files."""
+    if not rules.tls:
+        return None
+    context = _NamedContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.name = rules.host
+    try:
+        if rules.ca_file:
+            context.load_verify_locations(cafile=rules.ca_file)
+        else:
+            context.load_default_certs()
+        if rules.cert_file:
+            context.load_cert_chain(rules.cert_file, rules.key_file or None)
+    except (OSError, ssl.SSLError) as exc:
+        raise EndpointError(f"{rules.host}: its TLS files cannot be used: {exc}") from exc
+    return context
+
+
+def peer_check(rules: PeerRules) -> Callable[[SocketLike], None]:
+    """A check of the connected socket; it raises EndpointError when the peer is not the endpoint."""
+
+    def check(sock: SocketLike) -> None:
+        address = cast("socket.socket", sock).getpeername()[0]
+        if not inside(address, rules.networks):
+            raise EndpointError(f"{rules.host}: the peer {address} is outside its networks")
+        if rules.spki_sha256 and spki_sha256(sock) not in rules.spki_sha256:
+            raise EndpointError(f"{rules.host}: the server's public key is not one of the pinned ones")
+
+    return check
+
+
+def spki_sha256(sock: SocketLike) -> str:
+    """Hex SHA-256 of the peer's SubjectPublicKeyInfo (RFC 7469, 2.4); empty without TLS."""
+    certificate = sock.getpeercert(binary_form=True) if isinstance(sock, ssl.SSLSocket) else None
+    if certificate is None:
+        return ""
+    key = x509.load_der_x509_certificate(certificate).public_key()
+    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()

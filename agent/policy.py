@@ -1,0 +1,213 @@
+"""What may go where. Everything that decides it lives in this file.
+
+Invariants, upheld here and tried by tests/test_policy.py:
+- Residency: an endpoint is permitted only if EVERY candidate region permits it for the data class. A region, class or
+  endpoint that the table does not name is not permitted.
+- A topic that no rule names is refused. The first rule that matches decides.
+- Doubt holds, certainty refuses: where no endpoint is permitted, a record waits only if a narrower set of candidates
+  would permit one.
+- `Cleared` is the only thing that a publisher accepts, and only `Policy.clear` makes one.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from agent import topics
+from agent.addressing import check_template
+from agent.config import DataClass, Endpoint, PolicyConfig, Rule
+from agent.errors import ConfigError, InvalidConfigError
+from agent.messages import Decision, Hold, Publish, Record, Refuse, Whereabouts
+
+UNLISTED = "unlisted"
+"""The region of every country that the policy does not name; it permits nothing."""
+
+_TOPICS_REMEMBERED = 4096
+_SEAL = object()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cleared:
+    """A record that the policy permits for one endpoint at this moment; made by `Policy.clear` only."""
+
+    record: Record
+    endpoint: str
+    seal: object = field(repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse to exist without the policy's seal."""
+        if self.seal is not _SEAL:
+            msg = "only Policy.clear makes a Cleared"
+            raise TypeError(msg)
+
+
+class Policy:
+    """A validated policy.toml, ready to decide. Immutable."""
+
+    def __init__(self, config: PolicyConfig, file: Path | str = "policy.toml") -> None:
+        """Raise InvalidConfigError for references and combinations that make no sense."""
+        mistakes = list(_mistakes(config, file))
+        if mistakes:
+            raise InvalidConfigError(mistakes)
+        self.config = config
+        self.version = config.version
+        self._region_of = {country: name for name, region in config.regions.items() for country in region.countries}
+        self._permit = {
+            (region, data_class): tuple(endpoints)
+            for region, classes in config.permit.items()
+            for data_class, endpoints in classes.items()
+        }
+        self.rule_for = lru_cache(_TOPICS_REMEMBERED)(self._rule_for)
+        self.permitted = lru_cache(_TOPICS_REMEMBERED)(self._permitted)
+
+    @property
+    def endpoints(self) -> Mapping[str, Endpoint]:
+        """Endpoints by name."""
+        return self.config.endpoints
+
+    def data_class(self, name: str) -> DataClass:
+        """Raises KeyError for a class that the policy does not have."""
+        return self.config.classes[name]
+
+    def regions_of(self, countries: Iterable[str]) -> tuple[str, ...]:
+        """The policy regions of ISO countries: sorted, never empty; no country at all means any region."""
+        regions = {self._region_of.get(country, UNLISTED) for country in countries}
+        return tuple(sorted(regions)) or self.everywhere
+
+    @property
+    def everywhere(self) -> tuple[str, ...]:
+        """The candidates of a record about whose place nothing is known."""
+        return tuple(sorted({*self.config.regions, UNLISTED}))
+
+    def _rule_for(self, topic: str) -> Rule | None:
+        return next((rule for rule in self.config.rules if topics.matches(rule.topic, topic)), None)
+
+    def _permitted(self, regions: tuple[str, ...], data_class: str) -> tuple[str, ...]:
+        """Endpoints that all regions permit for the class, best sum of ranks first, then by name."""
+        rows = [self._permit.get((region, data_class), ()) for region in regions]
+        common = set(rows[0]).intersection(*rows[1:]) if rows else set()
+        return tuple(sorted(common, key=lambda endpoint: (sum(row.index(endpoint) for row in rows), endpoint)))
+
+    def bound(self, data_class: str, whereabouts: Whereabouts, registration: str) -> tuple[str, ...]:
+        """The regions that must all agree: the candidates, and the registration's where the class binds it."""
+        if not self.data_class(data_class).registration_bound:
+            return whereabouts.regions
+        return tuple(sorted({*whereabouts.regions, *self.regions_of([registration] if registration else [])}))
+
+    def decide(self, data_class: str, whereabouts: Whereabouts, registration: str = "") -> Decision:
+        """Publish, Hold or Refuse a record of a class with these candidates. `registration`: ISO country or empty."""
+        if data_class not in self.config.classes:
+            return Refuse(reason="policy.unknown-class")
+        agreed = self.permitted(self.bound(data_class, whereabouts, registration), data_class)
+        if agreed:
+            return Publish(endpoints=agreed)
+        singles = ((region,) for region in whereabouts.regions)
+        hopes = (Whereabouts(regions=single, basis=whereabouts.basis) for single in singles)
+        if len(whereabouts.regions) > 1 and any(
+            self.permitted(self.bound(data_class, hope, registration), data_class) for hope in hopes
+        ):
+            return Hold(reason="region.doubt")
+        return Refuse(reason="region.not-permitted")
+
+    def clear(self, record: Record, endpoint: str, registration: str = "") -> Cleared | None:
+        """Check a record again at the last line before it is published: Cleared, or None if it must not go."""
+        if record.data_class not in self.config.classes:
+            return None
+        whereabouts = Whereabouts(regions=record.regions, basis=record.basis)
+        regions = self.bound(record.data_class, whereabouts, registration)
+        if not regions or endpoint not in self.permitted(regions, record.data_class):
+            return None
+        return Cleared(record=record, endpoint=endpoint, seal=_SEAL)
+
+    def table(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        """(region, data class, endpoints) of every combination, permitted or not."""
+        for region in self.everywhere:
+            for data_class in self.config.classes:
+                yield region, data_class, self.permitted((region,), data_class)
+
+    def warnings(self) -> Iterator[str]:
+        """What is legal but probably not meant."""
+        rules = self.config.rules
+        for index, rule in enumerate(rules):
+            shadow = next((earlier for earlier in rules[:index] if topics.covers(earlier.topic, rule.topic)), None)
+            if shadow is not None:
+                yield f"rules[{index}] ({rule.topic}) is never reached: {shadow.topic} comes first"
+        used = {name for row in self._permit.values() for name in row}
+        for name in sorted(self.config.endpoints.keys() - used):
+            yield f"endpoints.{name} is permitted to no region"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only mean this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _mistakes(config: PolicyConfig, file: Path | str) -> Iterator[ConfigError]:
+    yield from _region_mistakes(config, file)
+    yield from _permit_mistakes(config, file)
+    yield from _rule_mistakes(config, file)
+    for name, endpoint in config.endpoints.items():
+        yield from _endpoint_mistakes(f"endpoints.{name}", endpoint, file)
+
+
+def _region_mistakes(config: PolicyConfig, file: Path | str) -> Iterator[ConfigError]:
+    owner: dict[str, str] = {}
+    for name, region in config.regions.items():
+        if name == UNLISTED or not name.isascii() or not name.replace("-", "").isalnum():
+            yield ConfigError(file, f"regions.{name}", name, "letters, digits and -; not 'unlisted'")
+        for country in region.countries:
+            if owner.setdefault(country, name) != name:
+                yield ConfigError(file, f"regions.{name}.countries", country, f"not in regions.{owner[country]} too")
+
+
+def _permit_mistakes(config: PolicyConfig, file: Path | str) -> Iterator[ConfigError]:
+    for region, classes in config.permit.items():
+        if region not in config.regions:
+            yield ConfigError(file, f"permit.{region}", region, _one_of("regions", config.regions))
+        for data_class, endpoints in classes.items():
+            key = f"permit.{region}.{data_class}"
+            if data_class not in config.classes:
+                yield ConfigError(file, key, data_class, _one_of("classes", config.classes))
+            for endpoint in endpoints:
+                if endpoint not in config.endpoints:
+                    yield ConfigError(file, key, endpoint, _one_of("endpoints", config.endpoints))
+            if len(set(endpoints)) != len(endpoints):
+                yield ConfigError(file, key, endpoints, "each endpoint once")
+
+
+def _rule_mistakes(config: PolicyConfig, file: Path | str) -> Iterator[ConfigError]:
+    for index, rule in enumerate(config.rules):
+        key = f"rules[{index}]"
+        mistake = topics.filter_mistake(rule.topic)
+        if mistake:
+            yield ConfigError(file, f"{key}.topic", rule.topic, mistake)
+        if rule.action != "refuse" and rule.data_class not in config.classes:
+            yield ConfigError(file, f"{key}.class", rule.data_class, _one_of("classes", config.classes))
+        if rule.capture_time and not rule.capture_time.startswith(("/", "property:")):
+            yield ConfigError(file, f"{key}.capture_time", rule.capture_time, "a JSON pointer or property:NAME")
+
+
+def _endpoint_mistakes(key: str, endpoint: Endpoint, file: Path | str) -> Iterator[ConfigError]:
+    if not endpoint.tls and not is_loopback(endpoint.host):
+        yield ConfigError(file, f"{key}.tls", False, "true: only loopback may go without TLS")  # noqa: FBT003 - the value found
+    if endpoint.wire == "binary" and endpoint.protocol != "5":
+        yield ConfigError(file, f"{key}.wire", endpoint.wire, "msgpack: binary needs the user properties of MQTT 5")
+    mistake = check_template(endpoint.topic)
+    if mistake:
+        yield ConfigError(file, f"{key}.topic", endpoint.topic, mistake)
+    for network in endpoint.networks:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as exc:
+            yield ConfigError(file, f"{key}.networks", network, f"a CIDR: {exc}")
+
+
+def _one_of(table: str, names: Iterable[str]) -> str:
+    return f"one of [{table}]: {', '.join(sorted(names)) or 'none defined'}"
