@@ -23,7 +23,7 @@ import dataclasses
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import msgpack  # type: ignore[import-untyped]  # it ships no annotations
 from cryptography.exceptions import InvalidSignature
@@ -38,11 +38,14 @@ __all__ = [
     "PAYLOAD_TYPE",
     "Attributes",
     "Envelope",
+    "Publication",
     "Signature",
     "Signer",
     "from_binary",
     "pack",
     "properties",
+    "publication",
+    "received",
     "repack",
     "traceparent_or_none",
     "unpack",
@@ -67,6 +70,15 @@ class Envelope:
     def keyid(self) -> str | None:
         """Which key is said to have signed; None = unsigned."""
         return self.signature.keyid if self.signature else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """What goes into a PUBLISH; Content Type and user properties need MQTT 5."""
+
+    payload: bytes
+    content_type: str
+    user_properties: list[tuple[str, str]]
 
 
 def pack(attributes: Attributes, data: bytes, signer: Signer | None) -> bytes:
@@ -128,6 +140,42 @@ def properties(attributes: Attributes, signature: Signature | None = None) -> li
     if signature is None:
         return pairs
     return [*pairs, ("keyid", signature.keyid), ("signature", base64.b64encode(signature.sig).decode())]
+
+
+def publication(packed: bytes, mode: Literal["msgpack", "binary"]) -> Publication:
+    """Give a packed record in either wire mode; no key is needed, for both carry the same signed event."""
+    envelope = unpack(packed)
+    if mode == "msgpack":
+        pairs = properties(envelope.attributes)
+        return Publication(payload=packed, content_type=CONTENT_TYPE, user_properties=pairs)
+    return Publication(
+        payload=envelope.data,
+        content_type=envelope.attributes.datacontenttype,
+        user_properties=properties(envelope.attributes, envelope.signature),
+    )
+
+
+def received(
+    payload: bytes,
+    content_type: str | None,
+    user_properties: Iterable[tuple[str, str]],
+    max_bytes: int = MAX_ENVELOPE_BYTES,
+) -> Envelope:
+    """Read a PUBLISH in whichever mode it is; without Content Type (MQTT 3.1.1) it is an envelope.
+
+    Raises EnvelopeError, also where a user property of an envelope contradicts it: somebody may have routed by that.
+    Only `traceparent` may differ, for hops that trace replace it.
+    """
+    if len(payload) > max_bytes:
+        _refuse(f"a payload of {len(payload)} bytes; the limit is {max_bytes}")
+    if content_type not in (None, CONTENT_TYPE):
+        return from_binary(payload, content_type, user_properties)
+    envelope = unpack(payload, max_bytes)
+    signed = texts(envelope.attributes)
+    for name, text in user_properties:
+        if name != "traceparent" and signed.get(name, text) != text:
+            _refuse(f"{name}: the user property is not what the envelope says")
+    return envelope
 
 
 def verify(envelope: Envelope, keys: Mapping[str, Ed25519PublicKey]) -> None:

@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 
 from agent import envelope as wire
 from agent.attributes import from_texts, texts
-from agent.envelope import Attributes, Signer, from_binary, pack, properties, repack, unpack, verify
+from agent.envelope import (
+    Attributes,
+    Signer,
+    from_binary,
+    pack,
+    properties,
+    publication,
+    received,
+    repack,
+    unpack,
+    verify,
+)
 from agent.errors import EnvelopeError
 from agent.messages import Basis
 from agent.signing import Signature, key_id_of, pre_authentication_encoding, public_key, public_keys
@@ -88,6 +99,38 @@ def test_binary_mode_carries_the_same_signed_event(given_attributes, data):
     )
     assert received == packed
     verify(received, KEYS)
+
+
+@pytest.mark.parametrize("mode", ["msgpack", "binary"])
+def test_a_stored_record_is_published_and_read_in_either_mode_without_the_key(mode):
+    packed = pack(PICTURE, b"picture", SIGNER)
+    sent = publication(packed, mode)
+    envelope = received(sent.payload, sent.content_type, sent.user_properties)
+    assert envelope == unpack(packed)
+    assert ("datacontenttype" in dict(sent.user_properties), "signature" in dict(sent.user_properties)) == (
+        False,
+        mode == "binary",
+    )
+
+
+def test_an_envelope_is_read_without_any_property_of_mqtt_5():
+    assert received(pack(SAMPLE, b"d", None), None, []).attributes == SAMPLE
+
+
+def test_a_routing_property_that_contradicts_the_envelope_is_refused():
+    sent = publication(pack(PICTURE, b"d", SIGNER), "msgpack")
+    traced = [(name, "other" if name == "traceparent" else text) for name, text in sent.user_properties]
+    assert received(sent.payload, sent.content_type, [*traced, ("hop", "1")]).attributes == PICTURE
+    moved = [(name, "us" if name == "dataregion" else text) for name, text in sent.user_properties]
+    with pytest.raises(EnvelopeError, match="dataregion"):
+        received(sent.payload, sent.content_type, moved)
+
+
+def test_a_record_over_the_limit_is_refused_in_either_mode():
+    for mode in ("msgpack", "binary"):
+        sent = publication(pack(SAMPLE, bytes(5000), SIGNER), mode)
+        with pytest.raises(EnvelopeError, match="limit"):
+            received(sent.payload, sent.content_type, sent.user_properties, max_bytes=4999)
 
 
 @given(st.data())
