@@ -1,0 +1,26 @@
+"""Progress on the terminal of long commands: on standard error, absent where it is quiet or not a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Advance = Callable[[float, str], None]
+
+
+@contextmanager
+def progress(title: str, total: float | None, *, quiet: bool = False) -> Iterator[Advance]:
+    """Show a bar; the yielded function takes what is done so far and a short text."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    shown = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=quiet, transient=True)
+    with shown:
+        task = shown.add_task(title, total=total, note="")
+
+        def advance(done: float, note: str) -> None:
+            shown.update(task, completed=done, note=note)
+
+        yield advance

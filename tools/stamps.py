@@ -1,0 +1,70 @@
+"""Rewriting the capture time inside a message, so that an old drive can be replayed as if it happened now.
+
+A JSON payload carries it under one of the given top-level keys, any message under the user property `time`. The unit of
+the original is kept: Unix seconds, milliseconds, microseconds or nanoseconds by magnitude, or RFC 3339 text.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from tools.recording import Properties, Recorded
+from tools.schemas import NANOSECONDS, json_object
+
+TIME_PROPERTY = "time"
+DEFAULT_KEYS = ("ts",)
+# Unix times of the years 2001-2286 in each unit fall below exactly one of these.
+UNITS = ((1e11, 1), (1e14, 1_000), (1e17, 1_000_000))
+
+
+def restamped(message: Recorded, capture_ns: int, keys: tuple[str, ...] = DEFAULT_KEYS) -> Recorded:
+    """Give the message another capture time, in the payload, the properties and the value itself."""
+    return replace(
+        message,
+        capture_ns=capture_ns,
+        payload=_payload(message.payload, capture_ns, keys),
+        properties=_properties(message.properties, capture_ns),
+    )
+
+
+def rfc3339(time_ns: int) -> str:
+    """Write a Unix time as RFC 3339 in UTC with all nanoseconds."""
+    seconds, fraction = divmod(time_ns, NANOSECONDS)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"
+
+
+def _payload(payload: bytes, capture_ns: int, keys: tuple[str, ...]) -> bytes:
+    members = json_object(payload) if payload[:1] == b"{" else None
+    found = [key for key in keys if members and key in members]
+    if members is None or not found:
+        return payload
+    for key in found:
+        members[key] = _value(members[key], capture_ns)
+    return json.dumps(members, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _properties(properties: Properties, capture_ns: int) -> Properties:
+    if all(name != TIME_PROPERTY for name, _ in properties.user):
+        return properties
+    user = tuple(
+        (name, _text(value, capture_ns) if name == TIME_PROPERTY else value) for name, value in properties.user
+    )
+    return replace(properties, user=user)
+
+
+def _text(original: str, capture_ns: int) -> str:
+    return str(_value(int(original), capture_ns)) if original.isdecimal() else rfc3339(capture_ns)
+
+
+def _value(original: object, capture_ns: int) -> object:
+    """Write the time as the original was written; a value that is no time stays as it is."""
+    if isinstance(original, str):
+        return rfc3339(capture_ns)
+    if isinstance(original, bool) or not isinstance(original, int | float):
+        return original
+    per_second = next((unit for limit, unit in UNITS if abs(original) < limit), NANOSECONDS)
+    if isinstance(original, float):
+        return capture_ns * per_second / NANOSECONDS
+    return capture_ns * per_second // NANOSECONDS
