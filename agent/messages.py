@@ -34,13 +34,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fix:
-    """One GNSS fix: WGS84 degrees, accuracy as a 95 % radius in metres."""
+    """One GNSS fix: WGS84 degrees, accuracy as a 95 % radius in metres.
+
+    It was measured at most `doubt_ns` before `monotonic_ns`.
+    """
 
     latitude: float
     longitude: float
     accuracy_m: float
     time_ns: int
     monotonic_ns: int
+    doubt_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
