@@ -55,6 +55,9 @@ class Broker(_Table, frozen=True, kw_only=True):
     window: Annotated[
         int, Meta(ge=1, le=65_535, description="Receive Maximum per session: messages taken but not yet durable")
     ] = 256
+    picture_window: Annotated[
+        int, Meta(ge=1, le=65_535, description="The same for the session that carries pictures")
+    ] = 8
     session_expiry_s: Annotated[
         int, Meta(ge=0, le=0xFFFFFFFE, description="How long the broker keeps messages while the agent is away")
     ] = 86_400
@@ -89,7 +92,7 @@ class Motion(_Table, frozen=True, kw_only=True):
     """[motion]: what a fix says about other moments."""
 
     max_speed_mps: Annotated[float, Meta(gt=0, le=1_000, description="Faster than this the car cannot be")] = 70.0
-    max_fix_age_s: Annotated[Seconds, Meta(description="An older fix says nothing about the position")] = 3600.0
+    max_fix_age_s: Annotated[Seconds, Meta(description="An older fix says nothing about the position")] = 600.0
     history: Annotated[int, Meta(ge=2, le=100_000, description="Fixes kept in memory")] = 4096
 
 
@@ -117,6 +120,7 @@ class Limits(_Table, frozen=True, kw_only=True):
     lane_bytes: Annotated[int, Meta(ge=MIB, description="The same for the records of one set of regions")] = 512 * MIB
     audit_bytes: Annotated[int, Meta(ge=MIB // 8, description="Audit rows; the oldest become a checkpoint")] = 64 * MIB
     commit_ms: Annotated[float, Meta(ge=0, le=1_000, description="Longest wait for a group commit")] = 2.0
+    queue_bytes: Annotated[int, Meta(ge=MIB, description="Messages read but not yet taken, per session")] = 32 * MIB
     drain_s: Annotated[Seconds, Meta(description="At shutdown, how long PUBACKs are waited for")] = 5.0
 
 

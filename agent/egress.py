@@ -16,13 +16,15 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from paho.mqtt.client import SocketLike
 
 from agent.errors import EndpointError
+
+if TYPE_CHECKING:  # paho defines it for type checkers only
+    from paho.mqtt.client import SocketLike
 
 RESOLVE_SECONDS = 10.0
 

@@ -58,6 +58,14 @@ class LedgerStalledError(LedgerError):
     """The disk is full, read-only or failing: nothing was changed, and the same call may succeed later."""
 
 
+class LedgerEntryError(LedgerError):
+    """One entry of a transaction contradicts the ledger: `index` tells which; nothing of the transaction was kept."""
+
+    def __init__(self, index: int, what: str) -> None:
+        self.index = index
+        super().__init__(what)
+
+
 class LedgerCorruptError(LedgerError):
     """The ledger's file is damaged: it is set aside when the ledger is opened again."""
 

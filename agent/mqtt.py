@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from paho.mqtt.client import Client, ConnectFlags, MQTTMessage, SocketLike
+from paho.mqtt.client import Client, ConnectFlags, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -27,6 +28,9 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.errors import EndpointError
 from agent.packets import Delivery, Outgoing, Puback, Session
+
+if TYPE_CHECKING:  # paho defines it for type checkers only
+    from paho.mqtt.client import SocketLike
 
 CONNECT_SECONDS = 10.0  # TCP, TLS and CONNACK together
 MISC_SECONDS = 1.0  # paho's keep-alive bookkeeping
@@ -49,6 +53,7 @@ class Connection:
         self.number = next(_NUMBERS)
         self._session = session
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._check_peer = check_peer
         self._queue_limit = queue_limit
         self._queue_bytes = queue_bytes
@@ -211,17 +216,19 @@ class Connection:
         self._loop.call_soon_threadsafe(self._attach, sock)
 
     def _on_socket_close(self, _client: Client, _userdata: object, _sock: SocketLike) -> None:
-        self._loop.call_soon_threadsafe(self._detach)
+        if threading.get_ident() == self._thread:
+            self._detach()  # at once: a closed descriptor cannot be taken out of the selector
 
     def _on_register_write(self, _client: Client, _userdata: object, sock: SocketLike) -> None:
         self._loop.call_soon_threadsafe(self._add_writer, sock)
 
     def _on_unregister_write(self, _client: Client, _userdata: object, sock: SocketLike) -> None:
-        if sock.fileno() >= 0:
+        if sock.fileno() >= 0 and threading.get_ident() == self._thread:
             self._loop.remove_writer(sock)
 
     def _attach(self, sock: SocketLike) -> None:
         if self.closed.done():
+            sock.close()
             return
         self._socket = sock
         self._resume_reading()

@@ -6,10 +6,12 @@ mistakes and the exact key. So structs are walked here, and msgspec judges the l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -107,12 +109,21 @@ def _wanted_text(exc: msgspec.ValidationError) -> str:
     return text.replace("`", "")
 
 
-def keys(wanted: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every key of a struct with its type and default, for the reference in the documentation."""
-    hints = get_type_hints(wanted)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One key of a configuration file, for its reference."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def keys(wanted: type[msgspec.Struct], prefix: str = "") -> Iterator[Key]:
+    """Every key of a struct; `NAME` stands for a name of the user's, `[]` for a table in an array."""
+    hints = get_type_hints(wanted, include_extras=True)
     for field in msgspec.structs.fields(wanted):
-        inner = _without_none(hints[field.name])
-        name = f"{prefix}{field.encode_name}"
+        name, inner = f"{prefix}{field.encode_name}", _without_none(hints[field.name])
         arguments = get_args(inner)
         if _is_struct(inner):
             yield from keys(inner, f"{name}.")
@@ -121,16 +132,29 @@ def keys(wanted: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, 
         elif get_origin(inner) is list and _is_struct(arguments[0]):
             yield from keys(arguments[0], f"{name}[].")
         else:
-            yield name, _type_text(field.type), _default_text(field)
+            yield Key(name=name, type=_type_text(inner), default=_default_text(field), meaning=_meaning(inner))
 
 
 def _type_text(wanted: Any) -> str:  # noqa: ANN401
-    return str(wanted)
+    if get_origin(wanted) is Annotated:
+        return _type_text(get_args(wanted)[0])
+    if get_origin(wanted) is Literal:
+        return " or ".join(f"`{choice}`" for choice in get_args(wanted))
+    if get_origin(wanted) is list:
+        return f"list of {_type_text(get_args(wanted)[0])}"
+    if get_origin(wanted) is dict:
+        return "table"
+    return {"str": "text", "int": "integer", "float": "number", "bool": "boolean"}.get(wanted.__name__, str(wanted))
 
 
 def _default_text(field: msgspec.structs.FieldInfo) -> str:
-    if field.default is not msgspec.NODEFAULT:
-        return repr(field.default)
-    if field.default_factory is not msgspec.NODEFAULT:
-        return repr(field.default_factory())
-    return "required"
+    default = field.default
+    if default is msgspec.NODEFAULT:
+        factory = field.default_factory
+        return "required" if factory is msgspec.NODEFAULT else f"`{factory()!r}`"
+    return f"`{json.dumps(default)}`"
+
+
+def _meaning(wanted: Any) -> str:  # noqa: ANN401
+    metas = [meta for meta in get_args(wanted)[1:] if isinstance(meta, msgspec.Meta)]
+    return next((meta.description for meta in metas if meta.description), "")

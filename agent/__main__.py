@@ -1,0 +1,141 @@
+"""`residency-agent`: run the daemon, check a configuration, look at a running or stopped agent."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agent import __version__, assembly, asyncapi, audit_cli, commands, status
+from agent.commands import Place
+from agent.errors import AgentError, InvalidConfigError
+
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+
+EPILOG = """exit status:
+  0  done, or everything is as it should be
+  1  the agent could not start or failed, or the counters are not conserved
+  2  wrong usage, or a mistake in a configuration file
+
+examples:
+  residency-agent check /etc/residency-agent/agent.toml
+  residency-agent run /etc/residency-agent/agent.toml
+  residency-agent status --json /etc/residency-agent/agent.toml
+  residency-agent explain agent.toml --topic vehicle/gnss --at 22.5431,114.0579,10
+"""
+
+
+class EventFormatter(logging.Formatter):
+    """`event key=value ...`: a constant name and its data; journald adds the time."""
+
+    STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line per record."""
+        extra = {key: value for key, value in vars(record).items() if key not in self.STANDARD}
+        data = "".join(f" {key}={json.dumps(value, default=str)}" for key, value in extra.items())
+        return f"<{_syslog_level(record.levelno)}>{record.getMessage()}{data}"
+
+
+def _syslog_level(level: int) -> int:
+    """sd-daemon(3): the prefix by which journald knows the priority of a line."""
+    return {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6}.get(level, 7)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except InvalidConfigError as exc:
+        print(exc, file=sys.stderr)
+        return EXIT_CONFIG
+    except AgentError as exc:
+        print(f"residency-agent: {exc}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="residency-agent",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands_ = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, run: Any, summary: str) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's own typing
+        command = commands_.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        command.add_argument("config", type=Path, metavar="AGENT_TOML")
+        return command
+
+    run = add("run", _run, "run the agent in the foreground until SIGTERM")
+    run.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    add("check", _check, "validate both files and print what would be published where")
+    show = add("status", _status, "counters, connections and model of a running or stopped agent")
+    show.add_argument("--json", action="store_true", help="everything, for programs")
+    explain = add("explain", _explain, "say step by step what would happen to a message")
+    explain.add_argument("--topic", required=True)
+    explain.add_argument("--at", type=_place, metavar="LAT,LON,ACCURACY_M", help="without it: no fix")
+    reference = commands_.add_parser("reference", help="print every key of both files as Markdown")
+    reference.set_defaults(run=_reference)
+    document = commands_.add_parser("asyncapi", help="print the AsyncAPI document of the stream")
+    document.set_defaults(run=_asyncapi)
+    audit_cli.add_parser(commands_)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from agent import daemon  # noqa: PLC0415 - `check` and `status` start without the daemon's imports
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(EventFormatter())
+    logging.basicConfig(level=arguments.log_level.upper(), handlers=[handler])
+    return asyncio.run(daemon.run(assembly.load(arguments.config)))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    print(commands.check(assembly.load(arguments.config)))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    setup = assembly.load(arguments.config)
+    content = status.gather(setup.ledger_path, setup.status_path)
+    print(json.dumps(content, indent=1, sort_keys=True) if arguments.json else status.table(content))
+    return 0 if content["counts"]["conserved"] else EXIT_FAILED
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    print(commands.explain(assembly.load(arguments.config), arguments.topic, arguments.at))
+    return 0
+
+
+def _place(text: str) -> Place:
+    try:
+        latitude, longitude, accuracy_m = (float(part) for part in text.split(","))
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r}: three numbers, as in 22.5431,114.0579,10") from exc
+    return Place(latitude=latitude, longitude=longitude, accuracy_m=accuracy_m)
+
+
+def _reference(_: argparse.Namespace) -> int:
+    print(commands.reference())
+    return 0
+
+
+def _asyncapi(_: argparse.Namespace) -> int:
+    print(asyncapi.document())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""The running agent: its tasks, signals, drain, watchdog and status.
+
+First SIGTERM or SIGINT: nothing new is taken, what is in flight may still be acknowledged for `limits.drain_s`, then
+everything is closed. A second one exits at once; the ledger makes that safe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent import __version__, status, systemd, wiring
+from agent.assembly import Setup
+from agent.committer import CommitOptions, Committer
+from agent.intake import Fixes, Intake
+from agent.ledger import Ledger
+from agent.line import Line, Numbering
+from agent.pipeline import Pipeline
+from agent.positions import PositionHistory
+from agent.resolver import Resolver
+from agent.uplink import Board, Uplink
+from agent.worker import RedactionWorker
+
+log = logging.getLogger(__name__)
+
+STATUS_SECONDS = 1.0
+SWEEP_SECONDS = 5.0
+DRAIN_POLL_SECONDS = 0.05
+CLOCK_IS_SET_NS = 1_750_000_000 * 10**9  # 2025-06-15: an earlier clock has not been set since the boot
+SECOND_SIGNAL_STATUS = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What an assembled agent consists of."""
+
+    setup: Setup
+    worker: RedactionWorker
+    committer: Committer
+    fixes: Fixes
+    intakes: dict[str, Intake]
+    uplinks: dict[str, Uplink]
+    resolver: Resolver
+
+
+async def run(setup: Setup) -> int:
+    """Run until a signal; the exit status. Raises AgentError where the agent cannot start."""
+    Path(setup.config.paths.state).mkdir(parents=True, exist_ok=True)
+    stop = _stop_on_signals()
+    async with contextlib.AsyncExitStack() as stack:
+        parts = await _assemble(setup, stack)
+        await _run_until(stop, parts)
+    return 0
+
+
+async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
+    signer = wiring.signer(setup)
+    identity = wiring.identity(setup)
+    history = PositionHistory(wiring.position_limits(setup), boot_id=identity.boot_id)
+    ledger = Ledger.open(setup.ledger_path, wiring.ledger_limits(setup), seal=signer.sign if signer else None)
+    for incident in ledger.incidents:
+        log.warning("ledger.incident", extra={"incident": incident})
+    options = CommitOptions(max_delay_s=setup.config.limits.commit_ms / 1000)
+    committer = await stack.enter_async_context(Committer(ledger, options))
+    worker = await stack.enter_async_context(RedactionWorker(wiring.worker_options(setup)))
+    pipeline = Pipeline(
+        identity=identity,
+        policy=setup.policy,
+        borders=setup.borders(),
+        positions=history,
+        limits=wiring.inspection_limits(setup),
+        signer=signer,
+    )
+    line = Line(pipeline, worker, Numbering(ledger.sequences()))
+    fixes = Fixes(wiring.fix_readers(setup), history)
+    board = Board()
+    registration = setup.config.vehicle.registration
+    alive = _alive(setup, identity.boot_id)
+    return Parts(
+        setup=setup,
+        worker=worker,
+        committer=committer,
+        fixes=fixes,
+        intakes={
+            options.name: Intake(options, line, committer, fixes, alive.get(options.name))
+            for options in wiring.intakes(setup)
+        },
+        uplinks={
+            name: Uplink(wiring.uplink(setup, name), lambda: line.pipeline.policy, registration, committer, board)
+            for name in setup.policy.endpoints
+        },
+        resolver=Resolver(line, committer, fixes, board),
+    )
+
+
+def _alive(setup: Setup, boot_id: str) -> dict[str, int]:
+    """When (boot time) an earlier process of this boot had last emptied each session."""
+    content = status.read(setup.status_path)
+    if content.get("boot_id") != boot_id:
+        return {}
+    sessions = content.get("sessions", {})
+    return {name: session["alive_ns"] for name, session in sessions.items() if session.get("alive_ns") is not None}
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(SECOND_SIGNAL_STATUS)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop
+
+
+async def _run_until(stop: asyncio.Event, parts: Parts) -> None:
+    """Run all loops; an unexpected error in one ends the agent, so that systemd starts a fresh one."""
+    async with asyncio.TaskGroup() as group:
+
+        def start(name: str, loop: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+            return group.create_task(loop, name=name)
+
+        inward = [start(f"intake-{name}", intake.run_loop()) for name, intake in parts.intakes.items()]
+        outward = [start(f"uplink-{name}", uplink.run_loop()) for name, uplink in parts.uplinks.items()]
+        outward.append(start("resolver", parts.resolver.run_loop()))
+        outward.append(start("sweep", _sweep_loop(parts)))
+        outward.append(start("status", _status_loop(parts)))
+        log.info("agent.ready", extra={"version": __version__, "policy": parts.setup.policy.version})
+        systemd.notify("READY=1", f"STATUS=policy {parts.setup.policy.version}")
+        await stop.wait()
+        log.info("agent.stopping")
+        systemd.notify("STOPPING=1")
+        for task in inward:
+            task.cancel()
+        await _drain(parts)
+        for task in outward:
+            task.cancel()
+    await _write_status(parts)
+
+
+async def _drain(parts: Parts) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(parts.setup.config.limits.drain_s):
+            while any(uplink.in_flight for uplink in parts.uplinks.values()):
+                await asyncio.sleep(DRAIN_POLL_SECONDS)
+
+
+async def _sweep_loop(parts: Parts) -> None:
+    while True:
+        now_ns = time.time_ns()
+        await parts.committer.sweep(now_ns if now_ns > CLOCK_IS_SET_NS else None)
+        await asyncio.sleep(SWEEP_SECONDS)
+
+
+async def _status_loop(parts: Parts) -> None:
+    """Write the status, and feed the watchdog: both only while the ledger's thread and the loop make progress."""
+    while True:
+        await _write_status(parts)
+        systemd.notify("WATCHDOG=1")
+        await asyncio.sleep(min(STATUS_SECONDS, systemd.watchdog_seconds() or STATUS_SECONDS))
+
+
+async def _write_status(parts: Parts) -> None:
+    counts = await parts.committer.call(lambda ledger: ledger.counts())
+    content = {
+        "version": __version__,
+        "pid": os.getpid(),
+        "boot_id": wiring.identity(parts.setup).boot_id,
+        "time_ns": time.time_ns(),
+        "policy": parts.setup.policy.version,
+        "model": {"ready": parts.worker.ready, "digest": parts.worker.digest, "error": parts.worker.error},
+        "fixes": {"accepted": parts.fixes.accepted, "malformed": parts.fixes.malformed},
+        "sessions": {
+            name: {"connected": intake.connected, "alive_ns": intake.alive_ns} for name, intake in parts.intakes.items()
+        },
+        "endpoints": {
+            name: {"connected": uplink.connected, "error": uplink.last_error, "in_flight": uplink.in_flight}
+            for name, uplink in parts.uplinks.items()
+        },
+        "counts": status.as_dict(counts),
+        "stalled": parts.committer.stalled,
+    }
+    await asyncio.to_thread(status.write, parts.setup.status_path, content)

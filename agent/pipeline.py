@@ -1,0 +1,219 @@
+"""The straight line of one message: inspect, locate, decide, (redact,) envelope. Pure: time and identity are arguments.
+
+The daemon calls `examine`, lets the redaction process work where `Plan.redact` says so, and calls `record`. Whatever
+cannot be shown to be permitted leaves as RefusedError with a constant reason. What is held is redacted before it is
+held, and `reconsider` looks at it again when later fixes have narrowed the doubt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from agent.attributes import Attributes, traceparent_or_none
+from agent.capture import stated_ns
+from agent.config import Rule
+from agent.envelope import pack, repack
+from agent.errors import EnvelopeError, RefusedError
+from agent.inspection import Inspection, InspectionLimits, Kind, inspect
+from agent.messages import (
+    Basis,
+    Capture,
+    Decision,
+    Hold,
+    Message,
+    Priority,
+    Publish,
+    Record,
+    Redaction,
+    Refuse,
+    State,
+    Whereabouts,
+)
+from agent.policy import Policy
+from agent.positions import PositionHistory, capture_of
+from agent.regions import RegionMap
+from agent.signing import Signer
+
+EVENT_TYPE = "residency-agent.record.v1"
+SECOND = 10**9
+PRIORITIES: Mapping[str, Priority] = {"urgent": Priority.URGENT, "live": Priority.LIVE, "bulk": Priority.BULK}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """This vehicle: `source` is the CloudEvents source; countries are ISO codes or empty."""
+
+    source: str
+    boot_id: str
+    registration: str = ""
+    fixed_country: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What was decided of a message before its pictures were redacted."""
+
+    message: Message
+    rule: Rule
+    capture: Capture
+    whereabouts: Whereabouts
+    decision: Publish | Hold
+    media_type: str
+    redact: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """What the daemon adds to a record: its id, its number in the stream of its regions, and the time now."""
+
+    record_id: str
+    sequence: int
+    now_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """The decisions of one vehicle under one policy. It reads the fix history and holds no state of its own."""
+
+    identity: Identity
+    policy: Policy
+    borders: RegionMap
+    positions: PositionHistory
+    limits: InspectionLimits
+    signer: Signer | None
+
+    def examine(self, message: Message, step_ns: int = 0) -> Plan:
+        """Decide everything that can be decided without decoding a picture; raises RefusedError.
+
+        `step_ns`: how far the wall clock was stepped lately.
+        """
+        rule = self.policy.rule_for(message.topic)
+        if rule is None:
+            raise RefusedError("policy.no-rule")
+        if rule.action == "refuse":
+            raise RefusedError("policy.refused")
+        if len(message.payload) > self.limits.max_bytes:
+            raise RefusedError("payload.limit.bytes")
+        found = self._inspect(rule, message)
+        capture = capture_of(message, stated_ns(rule, message), boot_id=self.identity.boot_id, step_ns=step_ns)
+        whereabouts = self.locate(rule, capture)
+        decision = self._decide(rule.data_class, whereabouts)
+        if isinstance(decision, Refuse):
+            raise RefusedError(decision.reason)
+        redact = found.kind in {Kind.PICTURE, Kind.CONTAINER}
+        return Plan(
+            message=message,
+            rule=rule,
+            capture=capture,
+            whereabouts=whereabouts,
+            decision=decision,
+            media_type=message.content_type or found.media_type,
+            redact=redact,
+        )
+
+    def _inspect(self, rule: Rule, message: Message) -> Inspection:
+        found = inspect(message.payload, self.limits, message.content_type)
+        if found.kind is Kind.OPAQUE and rule.opaque != "forward":
+            raise RefusedError("payload.opaque")
+        if rule.action == "redact" and found.kind not in {Kind.PICTURE, Kind.CONTAINER}:
+            raise RefusedError("payload.no-picture")
+        return found
+
+    def locate(self, rule: Rule, capture: Capture) -> Whereabouts:
+        """Every region in which the message may have been captured, as far as is known now."""
+        identity = self.identity
+        if rule.basis == "registration":
+            countries = [identity.registration] if identity.registration else []
+            return Whereabouts(regions=self.policy.regions_of(countries), basis=Basis.REGISTRATION)
+        if identity.fixed_country:
+            return Whereabouts(regions=self.policy.regions_of([identity.fixed_country]), basis=Basis.FIXED)
+        return Whereabouts(regions=self._regions(capture), basis=Basis.GNSS)
+
+    def _regions(self, capture: Capture) -> tuple[str, ...]:
+        """The regions that touch every disc; where the discs contradict each other, every region."""
+        discs = self.positions.discs(capture)
+        if not discs:
+            return self.policy.everywhere
+        near = [self.borders.countries_near(disc.latitude, disc.longitude, disc.radius_m) for disc in discs]
+        sets = [set(self.policy.regions_of(countries)) for countries in near]
+        return tuple(sorted(sets[0].intersection(*sets[1:]))) or self.policy.everywhere
+
+    def _decide(self, data_class: str, whereabouts: Whereabouts) -> Decision:
+        return self.policy.decide(data_class, whereabouts, self.identity.registration)
+
+    def record(self, plan: Plan, payload: bytes, redaction: Redaction | None, stamp: Stamp) -> Record:
+        """The record of a message whose payload may leave; raises RefusedError where the wire cannot carry it."""
+        data_class = self.policy.data_class(plan.rule.data_class)
+        held = isinstance(plan.decision, Hold)
+        lifetime_s = min(data_class.hold_s, data_class.ttl_s) if held else data_class.ttl_s
+        try:
+            attributes = self._attributes(plan, redaction, stamp)
+        except EnvelopeError as exc:
+            raise RefusedError("message.malformed", str(exc)) from exc
+        return Record(
+            id=stamp.record_id,
+            state=State.HELD if held else State.PENDING,
+            route=() if isinstance(plan.decision, Hold) else plan.decision.endpoints,
+            regions=plan.whereabouts.regions,
+            basis=plan.whereabouts.basis,
+            data_class=plan.rule.data_class,
+            topic=plan.message.topic,
+            priority=PRIORITIES[data_class.priority],
+            capture=plan.capture,
+            recorded_ns=stamp.now_ns,
+            expires_ns=stamp.now_ns + round(lifetime_s * SECOND),
+            sequence=stamp.sequence,
+            envelope=pack(attributes, payload, self.signer),
+        )
+
+    def _attributes(self, plan: Plan, redaction: Redaction | None, stamp: Stamp) -> Attributes:
+        return Attributes(
+            id=stamp.record_id,
+            source=self.identity.source,
+            type=EVENT_TYPE,
+            subject=plan.message.topic,
+            time_ns=max(plan.capture.time_ns, 0),
+            datacontenttype=plan.media_type,
+            dataregion=plan.whereabouts.regions,
+            regionbasis=plan.whereabouts.basis,
+            dataclassification=plan.rule.data_class,
+            policyversion=self.policy.version,
+            recordedtime_ns=stamp.now_ns,
+            sequence=stamp.sequence,
+            redaction=redaction.summary() if redaction is not None else None,
+            modeldigest=redaction.model_digest if redaction is not None else None,
+            traceparent=traceparent_or_none(plan.message.property("traceparent")),
+        )
+
+    def narrowed(self, record: Record) -> Whereabouts | None:
+        """The candidates of a held record as far as is known now, where they are fewer; None where nothing changed."""
+        if record.basis is not Basis.GNSS:
+            return None
+        regions = tuple(sorted(set(record.regions).intersection(self._regions(record.capture))))
+        if not regions or regions == record.regions:
+            return None
+        return Whereabouts(regions=regions, basis=record.basis)
+
+    def verdict(self, record: Record, whereabouts: Whereabouts) -> Decision:
+        """What the policy says of a stored record with these candidates."""
+        return self._decide(record.data_class, whereabouts)
+
+    def release(self, record: Record, whereabouts: Whereabouts, route: tuple[str, ...], sequence: int) -> Record:
+        """A held record with its narrowed candidates and its route: tagged, numbered and signed anew."""
+        data_class = self.policy.data_class(record.data_class)
+        return replace(
+            record,
+            state=State.PENDING,
+            route=route,
+            regions=whereabouts.regions,
+            sequence=sequence,
+            expires_ns=record.recorded_ns + round(data_class.ttl_s * SECOND),
+            envelope=repack(
+                record.envelope,
+                self.signer,
+                dataregion=whereabouts.regions,
+                policyversion=self.policy.version,
+                sequence=sequence,
+            ),
+        )

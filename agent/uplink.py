@@ -1,0 +1,252 @@
+"""Bringing records to their endpoints: one `Uplink` per endpoint, never re-pointed.
+
+Invariants:
+- A record is published only through `Policy.clear`, checked at the last line before the publish.
+- A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again.
+- At most the endpoint's window is in flight; no record is in flight at two endpoints at a time.
+- Urgent records go first; then live ones, with a share for the backlog, so that both always move.
+- Connected but nothing acknowledged is a failure: the connection is renewed and others may take over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from agent import addressing, envelope
+from agent.backoff import delays
+from agent.committer import Committer
+from agent.egress import PeerRules, peer_check, resolve, tls_context
+from agent.entries import Delivered, Entry, Rejected, Spooled, Withdrawn
+from agent.errors import AgentError, EndpointError
+from agent.ledger import Ledger
+from agent.messages import Priority, Record
+from agent.mqtt import Connection
+from agent.packets import Outgoing, Puback, Session
+from agent.policy import Policy
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0  # the longest that a stored record waits for a missed wake-up
+BACKLOG_SHARE = 4  # one of so many places in the window belongs to the backlog
+STABLE_SECONDS = 30.0
+SECOND = 10**9
+RETRY_LATER = frozenset({0x80, 0x83, 0x97})  # MQTT 5.0, 3.4.2.1: Unspecified, Implementation specific, Quota exceeded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UplinkOptions:
+    """One endpoint. `topic` is its template; `wire` is `msgpack` or `binary`."""
+
+    name: str
+    vehicle: str
+    session: Session
+    peer: PeerRules
+    topic: str
+    wire: str = "msgpack"
+    in_flight: int = 128
+    ack_timeout_s: float = 20.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Board:
+    """What the uplinks know of each other: who is down, and which records are in flight somewhere."""
+
+    down: set[str] = field(default_factory=set)
+    claimed: set[str] = field(default_factory=set)
+    stored: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    def wake(self, endpoints: Iterable[str]) -> None:
+        """Tell the uplinks of these endpoints that there may be something to send."""
+        for endpoint in endpoints:
+            if endpoint in self.stored:
+                self.stored[endpoint].set()
+
+
+class Uplink:
+    """One endpoint's publisher, for as long as the agent runs."""
+
+    def __init__(
+        self,
+        options: UplinkOptions,
+        policy: Callable[[], Policy],
+        registration: str,
+        committer: Committer,
+        board: Board,
+    ) -> None:
+        self.connected = False
+        self.last_error = ""
+        self.published = 0
+        self._options = options
+        self._policy = policy
+        self._registration = registration
+        self._committer = committer
+        self._board = board
+        self._in_flight: dict[asyncio.Future[Puback], Record] = {}
+        self._settling: set[asyncio.Task[None]] = set()
+        self._wake = board.stored.setdefault(options.name, asyncio.Event())
+        self._progress = time.monotonic()
+
+    @property
+    def in_flight(self) -> int:
+        """Publishes without PUBACK."""
+        return len(self._in_flight)
+
+    async def run_loop(self) -> None:
+        """Connect, publish, connect again; returns only by cancelling, after which nothing is in flight."""
+        waits = delays(random.random)
+        while True:
+            started = time.monotonic()
+            try:
+                await self._serve()
+            except (AgentError, TimeoutError) as exc:
+                self._fail(str(exc) or type(exc).__name__)
+            finally:
+                self.connected = False
+                await asyncio.gather(*self._settling, return_exceptions=True)
+            if time.monotonic() - started > STABLE_SECONDS:
+                waits = delays(random.random)
+            await asyncio.sleep(next(waits))
+
+    def _fail(self, reason: str) -> None:
+        if reason != self.last_error:
+            log.warning("uplink.lost", extra={"endpoint": self._options.name, "reason": reason})
+        self.last_error = reason
+        self._board.down.add(self._options.name)
+        self._board.wake(self._board.stored)
+
+    async def _serve(self) -> None:
+        options = self._options
+        address = await resolve(options.peer)
+        tls = await asyncio.to_thread(tls_context, options.peer)
+        session = replace(options.session, host=address, tls=tls)
+        connection = Connection(session, check_peer=peer_check(options.peer))
+        try:
+            await connection.open()
+            self._up()
+            await self._pump_loop(connection)
+        finally:
+            connection.close()
+            self._release()
+
+    def _up(self) -> None:
+        self.connected = True
+        self.last_error = ""
+        self._board.down.discard(self._options.name)
+        self._progress = time.monotonic()
+        log.info("uplink.connected", extra={"endpoint": self._options.name})
+
+    def _release(self) -> None:
+        """What is still in flight on a lost connection is pending again."""
+        for record in self._in_flight.values():
+            self._board.claimed.discard(record.id)
+        self._in_flight.clear()
+
+    async def _pump_loop(self, connection: Connection) -> None:
+        window = min(self._options.in_flight, connection.receive_maximum)
+        newest = self._committer.ledger.last_key
+        while not connection.closed.done():
+            self._wake.clear()
+            room = window - len(self._in_flight)
+            rows = await self._next(room, newest) if room else []
+            for row in rows:
+                await self._send(connection, row.record)
+            if not rows:
+                await self._wait(connection)
+            self._check_progress()
+        raise EndpointError(connection.closed.result())
+
+    async def _next(self, room: int, newest: int) -> list[Spooled]:
+        """Up to `room` records: urgent, then live with a share for the backlog."""
+        name, down, claimed = self._options.name, frozenset(self._board.down), frozenset(self._board.claimed)
+        shares = self._shares(room, newest)
+
+        def read(ledger: Ledger) -> list[Spooled]:
+            rows = ledger.pending(name, limit=room, priority=Priority.URGENT, down=down, skip=claimed)
+            for limit, after, until in shares:
+                free = min(limit, room - len(rows))
+                skip = claimed.union(row.record.id for row in rows)
+                if free > 0:
+                    rows += ledger.pending(name, limit=free, after=after, until=until, down=down, skip=skip)
+            return rows
+
+        return await self._committer.call(read)
+
+    @staticmethod
+    def _shares(room: int, newest: int) -> list[tuple[int, int, int | None]]:
+        """(limit, after, until) of the live records, of the backlog's share, and of the live ones again."""
+        return [(room - room // BACKLOG_SHARE, newest, None), (room, 0, newest), (room, newest, None)]
+
+    async def _send(self, connection: Connection, record: Record) -> None:
+        if record.id in self._board.claimed or connection.closed.done():
+            return
+        cleared = self._policy().clear(record, self._options.name, self._registration)
+        if cleared is None:
+            await self._commit(Withdrawn(id=record.id, reason="policy.withdrawn", time_ns=time.time_ns()))
+            return
+        outgoing = self._outgoing(cleared.record)
+        if connection.maximum_packet_size is not None and len(outgoing.payload) > connection.maximum_packet_size - 4096:
+            await self._settle(record, Puback(code=0x95))
+            return
+        self._board.claimed.add(record.id)
+        future = connection.publish(outgoing)
+        self._in_flight[future] = record
+        future.add_done_callback(self._on_puback)
+
+    def _outgoing(self, record: Record) -> Outgoing:
+        opened = envelope.unpack(record.envelope)
+        attributes, binary = opened.attributes, self._options.wire == "binary"
+        return Outgoing(
+            topic=addressing.topic(self._options.topic, attributes, self._options.vehicle),
+            payload=opened.data if binary else record.envelope,
+            content_type=attributes.datacontenttype if binary else envelope.CONTENT_TYPE,
+            properties=envelope.properties(attributes, opened.signature if binary else None),
+            expiry_s=max((record.expires_ns - time.time_ns()) // SECOND, 1),
+        )
+
+    def _on_puback(self, future: asyncio.Future[Puback]) -> None:
+        record = self._in_flight.pop(future, None)
+        if record is None or future.cancelled() or future.exception() is not None:
+            return
+        self._progress = time.monotonic()
+        self._wake.set()
+        task = asyncio.create_task(self._settle(record, future.result()), name=f"settle-{self._options.name}")
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    async def _settle(self, record: Record, puback: Puback) -> None:
+        """Write down what the endpoint said; only then may another uplink look at the record."""
+        name, now_ns = self._options.name, time.time_ns()
+        entry: Entry | None = None
+        if puback.accepted:
+            self.published += 1
+            entry = Delivered(id=record.id, endpoint=name, code=puback.code, time_ns=now_ns)
+        elif puback.code not in RETRY_LATER:
+            entry = Rejected(id=record.id, endpoint=name, code=puback.code, time_ns=now_ns)
+        if entry is None:
+            await asyncio.sleep(POLL_SECONDS)  # the endpoint asks for patience
+        else:
+            await self._commit(entry)
+        self._board.claimed.discard(record.id)
+
+    async def _commit(self, entry: Entry) -> None:
+        await self._committer.submit(entry)
+
+    async def _wait(self, connection: Connection) -> None:
+        waker = asyncio.create_task(self._wake.wait(), name=f"wake-{self._options.name}")
+        news: list[asyncio.Future[Any]] = [waker, connection.closed]
+        try:
+            await asyncio.wait(news, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waker.cancel()
+
+    def _check_progress(self) -> None:
+        if not self._in_flight:
+            self._progress = time.monotonic()
+        elif time.monotonic() - self._progress > self._options.ack_timeout_s:
+            raise EndpointError(f"no PUBACK within {self._options.ack_timeout_s} s")

@@ -1,0 +1,178 @@
+"""From the configuration's tables to the options that each part takes; secrets are read from their files here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.assembly import Setup
+from agent.config import Credential
+from agent.egress import PeerRules
+from agent.entries import LedgerLimits
+from agent.errors import ConfigError, EnvelopeError, InvalidConfigError
+from agent.gnss import FixReader, FixSource
+from agent.inspection import InspectionLimits
+from agent.intake import IntakeOptions
+from agent.packets import Session
+from agent.pictures import PictureLimits
+from agent.pipeline import Identity
+from agent.positions import PositionLimits
+from agent.signing import Signer
+from agent.topics import covers
+from agent.uplink import UplinkOptions
+from agent.worker import WorkerOptions
+
+SECOND = 10**9
+PACKET_SLACK = 64 << 10  # topic, properties and headers of an MQTT packet
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def identity(setup: Setup) -> Identity:
+    """Who this vehicle is, and which boot this is."""
+    vehicle = setup.config.vehicle
+    return Identity(
+        source=vehicle.source,
+        boot_id=BOOT_ID.read_text(encoding="ascii").strip(),
+        registration=vehicle.registration,
+        fixed_country=vehicle.fixed_country,
+    )
+
+
+def inspection_limits(setup: Setup) -> InspectionLimits:
+    """What is looked into, and how far."""
+    limits = setup.config.limits
+    picture = PictureLimits(max_bytes=limits.payload_bytes, max_pixels=limits.picture_pixels)
+    return InspectionLimits(max_bytes=limits.payload_bytes, max_pictures=limits.pictures_per_payload, picture=picture)
+
+
+def ledger_limits(setup: Setup) -> LedgerLimits:
+    """What the disk may hold."""
+    limits = setup.config.limits
+    return LedgerLimits(
+        total_bytes=limits.ledger_bytes,
+        lane_bytes=limits.lane_bytes,
+        audit_bytes=limits.audit_bytes,
+        intake_window=4 * max(setup.config.broker.window, setup.config.broker.picture_window),
+    )
+
+
+def worker_options(setup: Setup) -> WorkerOptions:
+    """The redaction process."""
+    model = setup.config.model
+    return WorkerOptions(
+        manifest=setup.manifest_path,
+        threads=model.threads,
+        timeout_s=model.timeout_s,
+        memory_bytes=model.memory_bytes,
+        people=model.people,
+        limits=inspection_limits(setup),
+    )
+
+
+def position_limits(setup: Setup) -> PositionLimits:
+    """What a fix says about other moments."""
+    motion = setup.config.motion
+    return PositionLimits(
+        max_speed_mps=motion.max_speed_mps, max_age_ns=round(motion.max_fix_age_s * SECOND), fixes=motion.history
+    )
+
+
+def fix_readers(setup: Setup) -> list[tuple[str, FixReader]]:
+    """A reader for each [[position]] table, with the filter of its topics."""
+    return [(source.topic, FixReader(FixSource(**_fields(source)))) for source in setup.config.position]
+
+
+def signer(setup: Setup) -> Signer | None:
+    """The signing key, if there is one; raises InvalidConfigError for a file that holds none."""
+    signing = setup.config.signing
+    if not signing.key_file:
+        return None
+    try:
+        return Signer.from_pem(Path(signing.key_file).read_bytes(), signing.key_id or None)
+    except (OSError, EnvelopeError, ValueError) as exc:
+        wanted = "a readable Ed25519 private key in PEM"
+        raise InvalidConfigError([ConfigError(setup.file, "signing.key_file", str(exc), wanted)]) from exc
+
+
+def intakes(setup: Setup) -> list[IntakeOptions]:
+    """The telemetry session with the position topics, and the pictures' session where there are pictures."""
+    intake, broker = setup.config.intake, setup.config.broker
+    fixes = tuple(
+        topic
+        for topic in dict.fromkeys(_fix_topics(setup))
+        if not any(covers(wide, topic) for wide in intake.telemetry)
+    )
+    found = [_intake(setup, "telemetry", tuple(intake.telemetry), fixes, broker.window)]
+    if intake.pictures:
+        found.append(_intake(setup, "pictures", tuple(intake.pictures), (), broker.picture_window))
+    return found
+
+
+def _intake(setup: Setup, name: str, outgoing: tuple[str, ...], fixes: tuple[str, ...], window: int) -> IntakeOptions:
+    broker, limits = setup.config.broker, setup.config.limits
+    session = Session(
+        host=broker.host,
+        port=broker.port,
+        client_id=f"{broker.client_id}-{name}",
+        protocol=broker.protocol,
+        username=broker.username,
+        password=_secret(setup, "broker.password_file", broker.password_file),
+        keepalive_s=broker.keepalive_s,
+        clean_start=False,
+        session_expiry_s=broker.session_expiry_s,
+        receive_maximum=window,
+        maximum_packet_bytes=2 * limits.payload_bytes + PACKET_SLACK,
+    )
+    return IntakeOptions(name=name, session=session, outgoing=outgoing, fixes=fixes, queue_bytes=limits.queue_bytes)
+
+
+def _fix_topics(setup: Setup) -> list[str]:
+    return [source.topic for source in setup.config.position]
+
+
+def uplink(setup: Setup, name: str) -> UplinkOptions:
+    """One endpoint of the policy with this vehicle's credentials for it."""
+    endpoint = setup.policy.endpoints[name]
+    credential = setup.config.credentials.get(name, Credential())
+    key = f"credentials.{name}.password_file"
+    session = Session(
+        host=endpoint.host,
+        port=endpoint.port,
+        client_id=f"{setup.config.vehicle.name}-{name}",
+        protocol=endpoint.protocol,
+        username=credential.username,
+        password=_secret(setup, key, credential.password_file),
+        keepalive_s=endpoint.keepalive_s,
+    )
+    peer = PeerRules(
+        host=endpoint.host,
+        port=endpoint.port,
+        networks=tuple(endpoint.networks),
+        spki_sha256=tuple(endpoint.spki_sha256),
+        tls=endpoint.tls,
+        ca_file=endpoint.ca_file,
+        cert_file=credential.cert_file,
+        key_file=credential.key_file,
+    )
+    return UplinkOptions(
+        name=name,
+        vehicle=setup.config.vehicle.name,
+        session=session,
+        peer=peer,
+        topic=endpoint.topic,
+        wire=endpoint.wire,
+        in_flight=endpoint.in_flight,
+        ack_timeout_s=endpoint.ack_timeout_s,
+    )
+
+
+def _secret(setup: Setup, key: str, file: str) -> str:
+    if not file:
+        return ""
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidConfigError([ConfigError(setup.file, key, str(exc), "a readable file")]) from exc
+
+
+def _fields(table: object) -> dict[str, object]:
+    return {name: getattr(table, name) for name in getattr(table, "__struct_fields__", ())}

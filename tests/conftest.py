@@ -1,0 +1,25 @@
+"""What every test may use: a real broker, and one place that scales all waiting."""
+
+import os
+
+import pytest
+
+from tools.brokers import mosquitto
+
+TIME_SCALE = float(os.environ.get("RESIDENCY_TEST_TIME_SCALE", "1"))
+"""Slow machines multiply every limit on waiting by this."""
+
+PATIENCE_SECONDS = 20.0 * TIME_SCALE
+
+
+@pytest.fixture
+async def broker():
+    """A mosquitto of this test's own on a free loopback port."""
+    async with mosquitto() as running:
+        yield running
+
+
+@pytest.fixture
+def patience():
+    """How long a test waits for what must happen."""
+    return PATIENCE_SECONDS

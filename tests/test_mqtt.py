@@ -1,0 +1,152 @@
+import asyncio
+import socket
+
+import pytest
+
+from agent.errors import EndpointError
+from agent.mqtt import Connection
+from agent.packets import Outgoing, Session
+from tools.brokers import mosquitto
+
+
+def session(broker, name, **changes):
+    return Session(host=broker.host, port=broker.port, client_id=name, **changes)
+
+
+async def opened(broker, name="tester", **changes):
+    options = {key: changes.pop(key) for key in ("queue_limit", "queue_bytes", "check_peer") if key in changes}
+    connection = Connection(session(broker, name, **changes), **options)
+    connection.was_present = await connection.open()
+    return connection
+
+
+async def publish(broker, topic, payloads, **changes):
+    sender = await opened(broker, "sender")
+    pubacks = await asyncio.gather(
+        *(sender.publish(Outgoing(topic=topic, payload=payload, **changes)) for payload in payloads)
+    )
+    sender.close()
+    return pubacks
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_published_bytes_arrive_in_order(broker, patience, protocol):
+    async with asyncio.timeout(patience):
+        receiver = await opened(broker, protocol=protocol, queue_limit=10, queue_bytes=1 << 20)
+        await receiver.subscribe(["car/#"])
+        payloads = [bytes([number]) * 100 for number in range(50)]
+        await publish(broker, "car/a", payloads)
+        got = []
+        for _ in payloads:
+            delivery = await receiver.receive()
+            got.append(delivery.payload)
+            receiver.ack(delivery)
+        receiver.close()
+    assert got == payloads
+
+
+async def test_content_type_and_user_properties_travel(broker, patience):
+    async with asyncio.timeout(patience):
+        receiver = await opened(broker)
+        await receiver.subscribe(["car/#"])
+        await publish(broker, "car/a", [b"x"], content_type="image/jpeg", properties=[("time", "1"), ("time", "2")])
+        delivery = await receiver.receive()
+        receiver.close()
+    assert delivery.content_type == "image/jpeg"
+    assert delivery.property("time") == "1"
+    assert delivery.property("absent") is None
+
+
+async def test_unacknowledged_message_comes_again_with_the_same_packet_identifier(broker, patience):
+    kept = {"clean_start": False, "session_expiry_s": 600}
+    async with asyncio.timeout(patience):
+        first = await opened(broker, **kept)
+        assert not first.was_present
+        await first.subscribe(["car/#"])
+        await publish(broker, "car/a", [b"one"])
+        before = await first.receive()
+        first.close()
+        second = await opened(broker, **kept)
+        again = await second.receive()
+        second.ack(before)  # of a connection that is gone: must have no effect
+        second.ack(again)
+        await publish(broker, "car/a", [b"two"])
+        after = await second.receive()
+        second.close()
+    assert second.was_present
+    assert (again.payload, again.dup, again.mid) == (b"one", True, before.mid)
+    assert after.payload == b"two"
+
+
+async def test_receive_maximum_holds_the_broker_back(broker, patience):
+    async with asyncio.timeout(patience):
+        receiver = await opened(broker, receive_maximum=3, queue_limit=100)
+        await receiver.subscribe(["car/#"])
+        await publish(broker, "car/a", [b"%d" % number for number in range(8)])
+        got = [await receiver.receive() for _ in range(3)]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(receiver.receive(), 0.3)
+        receiver.ack(got[0])
+        assert (await receiver.receive()).payload == b"3"
+        receiver.close()
+
+
+async def test_full_queue_stops_reading_and_loses_nothing(broker, patience):
+    async with asyncio.timeout(patience):
+        receiver = await opened(broker, queue_limit=2, queue_bytes=1 << 30)
+        await receiver.subscribe(["car/#"])
+        await publish(broker, "car/a", [b"%d" % number for number in range(200)])
+        got = []
+        for _ in range(200):
+            delivery = await receiver.receive()
+            assert len(receiver._deliveries) <= 2
+            receiver.ack(delivery)
+            got.append(int(delivery.payload))
+        receiver.close()
+    assert got == list(range(200))
+
+
+async def test_lost_connection_fails_what_waits(patience):
+    async with asyncio.timeout(patience), mosquitto() as broker:
+        receiver = await opened(broker)
+        await receiver.subscribe(["car/#"])
+        waiting = asyncio.create_task(receiver.receive())
+        await broker.kill()
+        with pytest.raises(EndpointError):
+            await waiting
+        with pytest.raises(EndpointError):
+            await receiver.publish(Outgoing(topic="car/a", payload=b""))
+
+
+async def test_nobody_listening_is_an_endpoint_error(patience):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    async with asyncio.timeout(patience):
+        with pytest.raises(EndpointError):
+            await Connection(Session(host="127.0.0.1", port=port, client_id="x")).open()
+
+
+async def test_refused_credentials_are_an_endpoint_error(patience):
+    async with asyncio.timeout(patience), mosquitto(config_lines=["allow_anonymous false"]) as broker:
+        with pytest.raises(EndpointError, match="CONNACK"):
+            await opened(broker)
+
+
+async def test_a_peer_that_is_not_the_endpoint_gets_no_byte(patience):
+    received = asyncio.get_running_loop().create_future()
+
+    async def serve(reader, writer):
+        received.set_result(await reader.read(100))
+        writer.close()
+
+    def check(_sock):
+        raise EndpointError("not the endpoint")
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with asyncio.timeout(patience), server:
+        connection = Connection(Session(host="127.0.0.1", port=port, client_id="x"), check_peer=check)
+        with pytest.raises(EndpointError, match="not the endpoint"):
+            await connection.open()
+        assert await received == b""
