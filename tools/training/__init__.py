@@ -1,0 +1,1 @@
+"""Making the detector: dataset, augmentation, synthetic plates, network, losses, training loop, export."""

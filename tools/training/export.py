@@ -1,0 +1,230 @@
+"""Writes a trained network as ONNX, in float or in int8 (QDQ, static).
+
+The graph's input is the picture itself, uint8 (1, H, W, 3), its output float32 (1, N, classes * 5). In int8 the
+picture's bytes are the first convolution's quantised input (scale 1/255), weights are signed per channel and keep to
++-64, so that CPUs without VNNI cannot saturate (255 * 64 * 2 < 2^15). The last convolution of each head stays float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import ArrayLike, NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from tools.training.network import INPUT, Concat, Conv, Layer, Merge, Pool, head_names
+
+OPSET = 13  # first opset with per-channel QuantizeLinear
+IR_VERSION = 8
+WEIGHT_LIMIT = 64  # reduced range
+Weights = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Smallest and largest value that a tensor takes on calibration pictures."""
+
+    low: float
+    high: float
+
+    def grid(self) -> tuple[float, int]:
+        """Scale and zero point of uint8; zero is exactly representable."""
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        scale = max(high - low, 1e-6) / 255.0
+        return scale, round(-low / scale)
+
+
+class _Graph:
+    """Collects nodes and constants under unique names."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def constant(self, name: str, value: ArrayLike) -> str:
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:  # noqa: ANN401 - as onnx takes them
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=f"{kind}_{output}", **attributes))
+        return output
+
+
+def float_model(layers: tuple[Layer, ...], weights: Weights, values: int) -> bytes:
+    """The network in float32, as ONNX bytes; `values` is the length of a cell."""
+    graph = _Graph()
+    graph.add("Transpose", [INPUT], "planes", perm=[0, 3, 1, 2])
+    graph.add("Cast", ["planes"], "cast", to=TensorProto.FLOAT)
+    graph.add("Mul", ["cast", graph.constant("unit", np.float32(1 / 255))], "scaled")
+    names = {INPUT: "scaled"}
+    for layer in layers:
+        names[layer.name] = _float_layer(graph, layer, names, weights)
+    return _finish(graph, [names[name] for name in head_names()], values)
+
+
+def int8_model(layers: tuple[Layer, ...], weights: Weights, ranges: Mapping[str, Range], values: int) -> bytes:
+    """The network in int8 with float heads; `ranges` by layer name from calibration."""
+    graph = _Graph()
+    graph.add("Transpose", [INPUT], "planes", perm=[0, 3, 1, 2])
+    grids = {INPUT: (1 / 255, 0)}
+    names = {INPUT: "planes"}
+    for layer in layers:
+        grids[layer.name] = _grid(layer, grids, ranges)
+        names[layer.name] = _int8_layer(graph, layer, names, grids, weights)
+    return _finish(graph, [names[name] for name in head_names()], values)
+
+
+def _float_layer(graph: _Graph, layer: Layer, names: Mapping[str, str], weights: Weights) -> str:
+    if isinstance(layer, Conv):
+        inputs = [names[layer.source], *_real_weights(graph, layer, weights)]
+        result = _conv(graph, layer, inputs, f"{layer.name}.raw" if layer.relu else layer.name)
+        return graph.add("Relu", [result], layer.name) if layer.relu else result
+    if isinstance(layer, Pool):
+        return _pool(graph, names[layer.source], layer.name)
+    if isinstance(layer, Concat):
+        return graph.add("Concat", [names[name] for name in layer.sources], layer.name, axis=1)
+    parts = [names[layer.lateral], _twice(graph, names[layer.deeper], layer.name)]
+    return graph.add("Relu", [graph.add("Add", parts, f"{layer.name}.raw")], layer.name)
+
+
+def _real_weights(graph: _Graph, layer: Conv, weights: Weights) -> list[str]:
+    weight, bias = weights[layer.name]
+    return [graph.constant(f"{layer.name}.w", weight), graph.constant(f"{layer.name}.b", bias)]
+
+
+def _grid(layer: Layer, grids: Mapping[str, tuple[float, int]], ranges: Mapping[str, Range]) -> tuple[float, int]:
+    """Pooling and concatenation keep the grid of their first source; all others take the calibrated range."""
+    if isinstance(layer, Pool):
+        return grids[layer.source]
+    if isinstance(layer, Concat):
+        return grids[layer.sources[0]]
+    relu = isinstance(layer, Merge) or layer.relu
+    found = ranges[layer.name]
+    return Range(low=0.0, high=found.high).grid() if relu else found.grid()
+
+
+def _int8_layer(
+    graph: _Graph,
+    layer: Layer,
+    names: Mapping[str, str],
+    grids: Mapping[str, tuple[float, int]],
+    weights: Weights,
+) -> str:
+    """Add a layer on quantised tensors; a ReLU needs no node, the unsigned grid's zero cuts it."""
+    if isinstance(layer, Conv):
+        return _int8_conv(graph, layer, names[layer.source], grids, weights)
+    if isinstance(layer, Pool):
+        real = _real(graph, names[layer.source], grids[layer.source], f"{layer.name}.in")
+        return _quantised(graph, _pool(graph, real, f"{layer.name}.max"), grids[layer.name], layer.name)
+    if isinstance(layer, Concat):
+        parts = [_real(graph, names[name], grids[name], f"{layer.name}.{name}") for name in layer.sources]
+        joined = graph.add("Concat", parts, f"{layer.name}.joined", axis=1)
+        return _quantised(graph, joined, grids[layer.name], layer.name)
+    deeper = _real(graph, names[layer.deeper], grids[layer.deeper], f"{layer.name}.deeper")
+    large = _quantised(graph, _twice(graph, deeper, layer.name), grids[layer.deeper], f"{layer.name}.large")
+    parts = [
+        _real(graph, names[layer.lateral], grids[layer.lateral], f"{layer.name}.lateral"),
+        _real(graph, large, grids[layer.deeper], f"{layer.name}.added"),
+    ]
+    return _quantised(graph, graph.add("Add", parts, f"{layer.name}.sum"), grids[layer.name], layer.name)
+
+
+def _int8_conv(
+    graph: _Graph,
+    layer: Conv,
+    source: str,
+    grids: Mapping[str, tuple[float, int]],
+    weights: Weights,
+) -> str:
+    real = _real(graph, source, grids[layer.source], f"{layer.name}.in")
+    if layer.name in head_names():
+        return _conv(graph, layer, [real, *_real_weights(graph, layer, weights)], layer.name)
+    weight, bias = weights[layer.name]
+    scales = weight_scales(weight)
+    steps = np.round(weight / scales[:, None, None, None]).astype(np.int8)
+    bias_scales = (scales * grids[layer.source][0]).astype(np.float32)
+    offsets = np.round(bias / bias_scales).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32)
+    inputs = [
+        real,
+        _real_constant(graph, steps, scales, f"{layer.name}.w"),
+        _real_constant(graph, offsets, bias_scales, f"{layer.name}.b"),
+    ]
+    return _quantised(graph, _conv(graph, layer, inputs, f"{layer.name}.sum"), grids[layer.name], layer.name)
+
+
+def weight_scales(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Step of each output channel, so that its largest weight is 64 steps."""
+    largest = np.abs(weight).reshape(weight.shape[0], -1).max(axis=1)
+    return np.asarray(np.maximum(largest, 1e-8) / WEIGHT_LIMIT, np.float32)
+
+
+def _real_constant(graph: _Graph, steps: NDArray[np.generic], scales: NDArray[np.float32], name: str) -> str:
+    inputs = [
+        graph.constant(f"{name}.q", steps),
+        graph.constant(f"{name}.scale", scales),
+        graph.constant(f"{name}.zero", np.zeros(len(scales), steps.dtype)),
+    ]
+    return graph.add("DequantizeLinear", inputs, name, axis=0)
+
+
+def _ends(graph: _Graph, grid: tuple[float, int], name: str) -> list[str]:
+    scale, zero = grid
+    return [
+        graph.constant(f"{name}.scale", np.float32(scale)),
+        graph.constant(f"{name}.zero", np.uint8(zero)),
+    ]
+
+
+def _real(graph: _Graph, source: str, grid: tuple[float, int], name: str) -> str:
+    return graph.add("DequantizeLinear", [source, *_ends(graph, grid, name)], name)
+
+
+def _quantised(graph: _Graph, source: str, grid: tuple[float, int], name: str) -> str:
+    return graph.add("QuantizeLinear", [source, *_ends(graph, grid, name)], name)
+
+
+def _conv(graph: _Graph, layer: Conv, inputs: list[str], output: str) -> str:
+    return graph.add(
+        "Conv",
+        inputs,
+        output,
+        kernel_shape=[layer.kernel] * 2,
+        strides=[layer.stride] * 2,
+        pads=[layer.kernel // 2] * 4,
+    )
+
+
+def _pool(graph: _Graph, source: str, output: str) -> str:
+    return graph.add("MaxPool", [source], output, kernel_shape=[5, 5], strides=[1, 1], pads=[2, 2, 2, 2])
+
+
+def _twice(graph: _Graph, source: str, name: str) -> str:
+    scales = graph.constant(f"{name}.scales", np.array([1, 1, 2, 2], np.float32))
+    return graph.add(
+        "Resize",
+        [source, "", scales],
+        f"{name}.resized",
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+
+
+def _finish(graph: _Graph, heads: list[str], values: int) -> bytes:
+    """Join the heads into (1, N, values) and serialise."""
+    flat = graph.constant("flat", np.array([1, values, -1], np.int64))
+    parts = [graph.add("Reshape", [head, flat], f"{head}.flat") for head in heads]
+    graph.add("Concat", parts, "joined", axis=2)
+    graph.add("Transpose", ["joined"], "cells", perm=[0, 2, 1])
+    shape_in: list[str | int | None] = [1, "height", "width", 3]
+    inputs = [helper.make_tensor_value_info(INPUT, TensorProto.UINT8, shape_in)]
+    outputs = [helper.make_tensor_value_info("cells", TensorProto.FLOAT, [1, "cells", values])]
+    body = helper.make_graph(graph.nodes, "detector", inputs, outputs, graph.constants)
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    onnx.checker.check_model(model, full_check=True)
+    data: bytes = model.SerializeToString()
+    return data

@@ -1,0 +1,208 @@
+"""The training loop: AdamW, cosine schedule, moving average of the weights, checkpoints, a time limit.
+
+Batches are numbered; a resumed run goes on with the next number, so the stream of tiles is that of an unbroken run.
+The schedule follows the larger of steps done and minutes spent, so that a run always ends at the low rate.
+"""
+
+# torch is loosely typed, and absent where nobody trains: the file has to pass in both cases.
+# mypy: disable-error-code="misc, no-any-return, no-untyped-call, call-overload"
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from tools.training.dataset import Targets
+from tools.training.losses import Cells, Loss, Objects, loss_of
+from tools.training.network import Network, Shape
+from tools.training.tiles import TILE, Album, batch_of
+
+WARM_UP = 300  # steps of rising rate
+LAST_RATE = 0.01  # of the highest rate
+AVERAGE = 0.999  # decay of the moving average per step
+CLIP = 10.0  # largest norm of a step's gradient
+REPORT = 50  # steps between lines of the log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How to train."""
+
+    folder: Path
+    minutes: float
+    steps: int = 40_000
+    batch: int = 16
+    rate: float = 2e-3
+    decay: float = 0.02
+    seed: int = 1
+    threads: int = 2
+    workers: int = 1
+    checkpoint_minutes: float = 4.0
+    device: str = "cpu"
+
+
+class _Batches(Dataset[tuple[NDArray[np.uint8], list[Targets]]]):
+    """Batch number -> batch, from a first number on."""
+
+    def __init__(self, album: Album, plan: Plan, first: int) -> None:
+        self.album, self.plan, self.first = album, plan, first
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], list[Targets]]:
+        return batch_of(self.album, self.plan.seed, self.first + index, self.plan.batch)
+
+
+class Trainer:
+    """Holds network, its moving average and the optimiser; `run` trains until the plan's end."""
+
+    def __init__(self, shape: Shape, plan: Plan) -> None:
+        torch.manual_seed(plan.seed)
+        torch.set_num_threads(plan.threads)
+        self.plan = plan
+        self.device = torch.device(plan.device)
+        self.network = Network(shape).to(self.device, memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.network).eval().requires_grad_(requires_grad=False)
+        self.optimiser = torch.optim.AdamW(_groups(self.network, plan.decay), lr=plan.rate)
+        self.step = 0
+        self.spent_s = 0.0
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint of the same shape."""
+        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+        self.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.spent_s = int(state["step"]), float(state["spent_s"])
+
+    def save(self) -> Path:
+        """Write `checkpoint.pt` whole or not at all."""
+        path = self.plan.folder / "checkpoint.pt"
+        part = path.with_suffix(".part")
+        state = {
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "shape": json.dumps(asdict(self.network.shape)),
+            "step": self.step,
+            "spent_s": self.spent_s,
+        }
+        torch.save(state, part)
+        return part.replace(path)
+
+    def run(self, album: Album) -> Path:
+        """Train until steps or minutes are used up; the path of the last checkpoint."""
+        self.plan.folder.mkdir(parents=True, exist_ok=True)
+        started, before = time.monotonic(), self.spent_s
+        saved, sums = started, np.zeros(3)
+        cells = Cells.of(TILE, TILE).to(self.device)
+        for pixels, targets in self._batches(album):
+            progress = self._progress()
+            if progress >= 1:
+                break
+            sums += (*self._learn(pixels, targets, cells, progress), 1)
+            self.step += 1
+            now = time.monotonic()
+            self.spent_s = before + now - started
+            if self.step % REPORT == 0:
+                self._report(sums, progress)
+                sums[:] = 0
+            if now - saved > self.plan.checkpoint_minutes * 60:
+                self.save()
+                saved = now
+        return self.save()
+
+    def _batches(self, album: Album) -> Iterator[tuple[NDArray[np.uint8], list[Targets]]]:
+        batches = _Batches(album, self.plan, self.step)
+        prefetch = 6 if self.plan.workers else None
+        loader = DataLoader(batches, batch_size=None, num_workers=self.plan.workers, prefetch_factor=prefetch)
+        return iter(loader)
+
+    def _progress(self) -> float:
+        return max(self.step / self.plan.steps, self.spent_s / (self.plan.minutes * 60))
+
+    def _learn(
+        self,
+        pixels: NDArray[np.uint8] | Tensor,
+        targets: list[Targets],
+        cells: Cells,
+        progress: float,
+    ) -> tuple[float, float]:
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.plan.rate * rate_factor(self.step, progress)
+        picture = torch.as_tensor(pixels).to(self.device).permute(0, 3, 1, 2).float().div(255)
+        values = self.network(picture.contiguous(memory_format=torch.channels_last))
+        loss: Loss = loss_of(values, Objects.of(targets).to(self.device), cells)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.total().backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
+        self.optimiser.step()
+        follow(self.average, self.network, self.step)
+        return float(loss.score.detach()), float(loss.box.detach())
+
+    def _report(self, sums: NDArray[np.float64], progress: float) -> None:
+        score, box = sums[:2] / sums[2]
+        line = {
+            "step": self.step,
+            "minutes": round(self.spent_s / 60, 2),
+            "progress": round(progress, 4),
+            "score": round(float(score), 4),
+            "box": round(float(box), 4),
+        }
+        with (self.plan.folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+
+def rate_factor(step: int, progress: float) -> float:
+    """Share of the highest rate: linear warm-up, then half a cosine down to LAST_RATE."""
+    warm = min(1.0, (step + 1) / WARM_UP)
+    return warm * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, step: int) -> None:
+    """Move the average toward the network; quickly at first."""
+    decay = min(AVERAGE, (1 + step) / (10 + step))
+    for mean, value in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+def _groups(network: nn.Module, decay: float) -> list[dict[str, object]]:
+    """Weight decay for kernels only, not for norms and biases."""
+    kernels = [value for value in network.parameters() if value.ndim > 1]
+    others = [value for value in network.parameters() if value.ndim <= 1]
+    return [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def shape_of(text: str) -> Shape:
+    """The shape that a checkpoint holds as JSON."""
+    fields = json.loads(text)
+    return Shape(
+        widths=tuple(fields["widths"]),
+        blocks=tuple(fields["blocks"]),
+        neck=fields["neck"],
+        classes=fields["classes"],
+    )
+
+
+def load_average(checkpoint: Path) -> Network:
+    """The averaged network of a checkpoint, ready to be exported."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    network = Network(shape_of(state["shape"]))
+    network.load_state_dict(state["average"])
+    return network.eval()
