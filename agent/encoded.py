@@ -1,0 +1,123 @@
+"""Bytes written as text: where a text holds base64, hex, escaped or numbered bytes, and how other bytes are put back.
+
+Pure. A part's span is in the raw text, so everything around a picture stays byte for byte as it was.
+"""
+
+from __future__ import annotations
+
+import binascii
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from agent.signatures import MIN_PICTURE_BYTES, search
+
+MIN_RUN = MIN_PICTURE_BYTES * 4 // 3
+_RUN = re.compile(
+    rb"(?:[A-Za-z0-9+/_-]{%d,}+|[A-Za-z0-9+/_-]{16,}+(?=\r?\n))" % MIN_RUN
+    + rb"(?:\r?\n[A-Za-z0-9+/_-]{4,}+(?=[=\r\n\"'<]|\Z))*={0,2}"
+)
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_NUMBERS = re.compile(rb"\[\s*+\d{1,3}(?:\s*+,\s*+\d{1,3}){%d,}+\s*+\]" % (MIN_PICTURE_BYTES - 1))
+_HEX = re.compile(rb"(?:[0-9A-Fa-f]{2})++\Z")
+_DATA_URL = re.compile(rb"data:(?:image|video)/[^,\"]*+,", re.IGNORECASE)
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_STANDARD = bytes.maketrans(b"+/", b"-_")
+
+
+class Part(NamedTuple):
+    """A span [start, end) of a payload, the bytes that it stands for, and how other bytes are written in its place."""
+
+    start: int
+    end: int
+    data: bytes
+    wrap: Callable[[bytes], bytes]
+
+
+def json_parts(text: bytes) -> Iterator[Part]:
+    """Yield the strings of a JSON text that need unescaping, and its lists of byte values."""
+    for match in _STRING.finditer(text):
+        token = match[0]
+        if len(token) > MIN_PICTURE_BYTES and (b"\\" in token or not token.isascii()):
+            yield from _string(match.start(), token)
+    for match in _NUMBERS.finditer(text):
+        values = [int(value) for value in match[0][1:-1].split(b",")]
+        if max(values) < 256:
+            yield Part(match.start(), match.end(), bytes(values), _as_numbers)
+
+
+def longest_word(text: bytes) -> int:
+    """Return the length of the longest JSON string without white space: what an unknown encoding looks like."""
+    tokens = (match[0] for match in _STRING.finditer(text))
+    return max((len(token) for token in tokens if not re.search(rb"\s|\\[nrt]", token)), default=0)
+
+
+def runs(text: bytes) -> Iterator[Part]:
+    """Yield the runs of base64 or hex in a text that are long enough for a picture."""
+    for match in _RUN.finditer(text):
+        run = match[0]
+        decoded = _unbase64(run)
+        if _HEX.match(run) and search(decoded) is None:
+            yield Part(match.start(), match.end(), binascii.unhexlify(run), _as_hex)
+        else:
+            yield Part(match.start(), match.end(), decoded, _base64_like(run))
+
+
+def is_shifted_picture(part: Part, text: bytes) -> bool:
+    """Whether a run of base64 holds a picture that starts off its four-character beat, behind something glued on."""
+    run = text[part.start : part.end]
+    return any(search(_unbase64(run[shift:])) is not None for shift in (1, 2, 3))
+
+
+def has_bare_data_url(text: bytes) -> bool:
+    """Whether a picture stands in the text as a data URL that is not base64."""
+    return any(b";base64" not in match[0].lower() for match in _DATA_URL.finditer(text))
+
+
+def _string(start: int, token: bytes) -> Iterator[Part]:
+    value = json.loads(token)
+    end = start + len(token)
+    latin = value.encode("latin-1", "replace")
+    if search(latin) is None:
+        yield Part(start, end, value.encode(), _as_string)
+    else:
+        yield Part(start, end, latin, _as_latin)
+
+
+def _as_string(data: bytes) -> bytes:
+    return json.dumps(data.decode(), ensure_ascii=False).encode()
+
+
+def _as_latin(data: bytes) -> bytes:
+    return json.dumps(data.decode("latin-1")).encode()
+
+
+def _as_numbers(data: bytes) -> bytes:
+    return b"[" + b",".join(b"%d" % value for value in data) + b"]"
+
+
+def _as_hex(data: bytes) -> bytes:
+    return binascii.hexlify(data)
+
+
+def _unbase64(run: bytes) -> bytes:
+    plain = run.translate(_URL_SAFE, b"\r\n=")
+    plain = plain[: len(plain) - (len(plain) % 4 == 1)]
+    return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4))
+
+
+def _base64_like(run: bytes) -> Callable[[bytes], bytes]:
+    """Write base64 as this run does: its alphabet, with or without padding, in lines of the same length."""
+    url_safe = b"-" in run or b"_" in run
+    padded = b"=" in run or not len(run.translate(None, b"\r\n")) % 4
+    newline = b"\r\n" if b"\r\n" in run else b"\n"
+    line = run.find(newline)
+
+    def wrap(data: bytes) -> bytes:
+        text = binascii.b2a_base64(data, newline=False)
+        text = text.translate(_STANDARD) if url_safe else text
+        text = text if padded else text.rstrip(b"=")
+        return newline.join(text[i : i + line] for i in range(0, len(text), line)) if line > 0 else text
+
+    return wrap

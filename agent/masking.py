@@ -1,0 +1,122 @@
+"""Where a picture is masked and with what. Boxes are half-open: [x1, x2) x [y1, y2).
+
+Invariant: every pixel inside a box is masked, to the last row and column, and none outside is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.errors import RefusedError
+from agent.messages import Box
+from agent.pictures import Fill, Margin
+
+Pixels = NDArray[np.uint8]
+
+HEAD_OF_HEIGHT = 0.25  # of a person's box at least; a standing adult's head is 1/8 to 1/7 of the height
+HEAD_OF_WIDTH = 0.7  # of its width at least, so that a box that ends at the waist still has its whole head covered
+MOSAIC_CELLS = 4  # cells along the longer side of a box
+BLUR_PART = 6  # the blur's radius is this part of the box's longer side
+BLUR_PASSES = 3  # three box filters come close to a Gaussian
+
+
+class Area(NamedTuple):
+    """Whole pixels, half-open."""
+
+    x1: int
+    y1: int
+    x2: int
+    y2: int
+
+
+def head_part(box: Box) -> Box:
+    """Return the upper part of a person's box, in its full width: the head leans to either side.
+
+    Its height is the larger of two shares, so that a crouching, seated or cut-off person is covered as well.
+    """
+    height = max(HEAD_OF_HEIGHT * (box.y2 - box.y1), HEAD_OF_WIDTH * (box.x2 - box.x1))
+    return replace(box, y2=min(box.y2, box.y1 + height))
+
+
+def areas(boxes: Iterable[Box], width: int, height: int, margins: Mapping[str, Margin]) -> list[Area]:
+    """Grow each box by its label's margin, round outwards, clip to the frame; boxes without a pixel are left out.
+
+    RefusedError where a number is not finite or a box is turned inside out: such a detector cannot be trusted.
+    """
+    found = (_area(box, width, height, margins.get(box.label, Margin())) for box in boxes)
+    return [area for area in found if area.x1 < area.x2 and area.y1 < area.y2]
+
+
+def _area(box: Box, width: int, height: int, margin: Margin) -> Area:
+    if not all(map(math.isfinite, (box.x1, box.y1, box.x2, box.y2, box.score))) or box.x1 > box.x2 or box.y1 > box.y2:
+        raise RefusedError("redaction.box", "not a box")
+    across = margin.part * (box.x2 - box.x1) + margin.pixels
+    down = margin.part * (box.y2 - box.y1) + margin.pixels
+    return Area(
+        max(0, math.floor(box.x1 - across)),
+        max(0, math.floor(box.y1 - down)),
+        min(width, math.ceil(box.x2 + across)),
+        min(height, math.ceil(box.y2 + down)),
+    )
+
+
+def upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Return the view in which a stored picture (H, W[, C]) of EXIF orientation 1-8 stands upright.
+
+    It is a view: what is painted into it is painted into the stored picture, so no box has to be mapped back.
+    """
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in {2, 3, 6, 7}:
+        pixels = pixels[:, ::-1]
+    if orientation in {3, 4, 7, 8}:
+        pixels = pixels[::-1]
+    return pixels
+
+
+def paint(pixels: Pixels, where: Iterable[Area], fill: Fill, colour: int | tuple[int, ...]) -> None:
+    """Mask the areas of a picture (H, W[, C]) in place; `colour` is a pixel of the constant fill."""
+    for x1, y1, x2, y2 in where:
+        part = pixels[y1:y2, x1:x2]
+        if fill is Fill.CONSTANT:
+            part[...] = colour
+        elif fill is Fill.WEAKER_MOSAIC:
+            part[...] = _mosaic(part)
+        else:
+            part[...] = _blur(part)
+
+
+def _mosaic(part: Pixels) -> Pixels:
+    cell = max(1, math.ceil(max(part.shape[:2]) / MOSAIC_CELLS))
+    result = part.copy()
+    for y in range(0, part.shape[0], cell):
+        for x in range(0, part.shape[1], cell):
+            block = part[y : y + cell, x : x + cell]
+            result[y : y + cell, x : x + cell] = block.mean(axis=(0, 1)).round().astype(np.uint8)
+    return result
+
+
+def _blur(part: Pixels) -> Pixels:
+    radius = max(1, max(part.shape[:2]) // BLUR_PART)
+    smooth = part.astype(np.float64)
+    for _ in range(BLUR_PASSES):
+        for axis in (0, 1):
+            smooth = _box_filter(smooth, radius, axis)
+    return smooth.round().clip(0, 255).astype(np.uint8)
+
+
+def _box_filter(values: NDArray[np.float64], radius: int, axis: int) -> NDArray[np.float64]:
+    """Return the mean over 2 * radius + 1 neighbours along an axis; the border repeats."""
+    edges = [(radius + 1, radius) if i == axis else (0, 0) for i in range(values.ndim)]
+    sums = np.pad(values, edges, mode="edge").cumsum(axis=axis)
+    size = values.shape[axis]
+    window = 2 * radius + 1
+    ahead, behind = np.arange(window, window + size), np.arange(size)
+    mean: NDArray[np.float64] = (np.take(sums, ahead, axis) - np.take(sums, behind, axis)) / window
+    return mean
