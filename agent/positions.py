@@ -27,11 +27,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
+from agent.freshness import CLOCK_SET_NS
 from agent.geodesy import at_most_m, middle
 from agent.messages import Capture, Disc, Fix, Message
 from agent.tracks import SECOND_NS, Sighting, Track
 
-CLOCK_SET_NS = 1_420_070_400 * SECOND_NS  # 2015-01-01: an earlier time is a clock that was never set
 RECENT = 256  # fixes remembered in order to know a repeated one
 
 
