@@ -1,0 +1,117 @@
+"""The small part of the ledger that is kept in memory as well: counters, numbering, lanes, recent packet identifiers.
+
+Invariant: what stands here is what the last committed transaction left on the disk. A transaction collects its changes
+in a `Delta`, writes them, and hands them over with `adopt` only after the commit. Its size does not depend on the
+backlog.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from agent import tally
+from agent.audit import GENESIS, Head
+from agent.entries import IntakeKey
+
+MAX_SESSIONS = 16  # sessions whose packet identifiers are kept; the agent itself uses two
+
+Lane = tuple[str, str]  # regions joined by commas, endpoints joined by line feeds
+
+
+@dataclass(slots=True)
+class Delta:
+    """The changes of one transaction."""
+
+    cells: tally.Cells = field(default_factory=dict)
+    sequences: dict[str, int] = field(default_factory=dict)
+    lanes: dict[Lane, int] = field(default_factory=dict)
+    meta: dict[str, str] = field(default_factory=dict)
+    intakes: list[IntakeKey] = field(default_factory=list)
+    resets: list[str] = field(default_factory=list)
+    rows: list[bytes] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
+    unneeded: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Ring:
+    """The last packet identifiers of one session, oldest first."""
+
+    taken: int = 0
+    mids: dict[int, bytes] = field(default_factory=dict)
+
+    def add(self, mid: int, digest: bytes, window: int) -> None:
+        """Remember one more; the oldest beyond the window is forgotten."""
+        self.taken += 1
+        self.mids.pop(mid, None)
+        self.mids[mid] = digest
+        if len(self.mids) > window:
+            del self.mids[next(iter(self.mids))]
+
+
+@dataclass(slots=True)
+class Books:
+    """The committed state; `window` is the intake window of each session."""
+
+    window: int
+    cells: tally.Cells = field(default_factory=dict)
+    sequences: dict[str, int] = field(default_factory=dict)
+    lanes: dict[Lane, int] = field(default_factory=dict)
+    meta: dict[str, str] = field(default_factory=dict)
+    rings: dict[str, Ring] = field(default_factory=dict)
+    head: Head = field(default_factory=Head)
+    base: Head = field(default_factory=Head)
+    audit_bytes: int = 0
+
+    def recorded(self, key: IntakeKey) -> bool:
+        """Whether this very PUBLISH is durable already."""
+        ring = self.rings.get(key.session)
+        return ring is not None and ring.mids.get(key.mid) == key.digest
+
+    def adopt(self, delta: Delta, head: Head, audit_bytes: int) -> None:
+        """Take over the changes of a committed transaction."""
+        tally.merge(self.cells, delta.cells)
+        self.sequences.update(delta.sequences)
+        self.lanes.update(delta.lanes)
+        self.meta.update(delta.meta)
+        for session in delta.resets:
+            self.rings.pop(session, None)
+        for key in delta.intakes:
+            self.rings.setdefault(key.session, Ring()).add(key.mid, key.digest, self.window)
+        self.head = head
+        self.base = read_head(self.meta, "audit.base")
+        self.audit_bytes += audit_bytes
+
+
+def read_cells(connection: sqlite3.Connection) -> tally.Cells:
+    """All counters."""
+    rows = connection.execute("SELECT state, dimension, name, number, bytes FROM counter")
+    return {(state, dimension, name): (number, size) for state, dimension, name, number, size in rows}
+
+
+def read_head(meta: Mapping[str, str], name: str) -> Head:
+    """A head kept in `meta` as `<n> <hash>`."""
+    n, _, digest = meta.get(name, f"0 {GENESIS.hex()}").partition(" ")
+    return Head(n=int(n), digest=bytes.fromhex(digest))
+
+
+def load(connection: sqlite3.Connection, window: int) -> Books:
+    """Read the committed state; sqlite3.Error where the disk fails, ValueError where it holds nonsense."""
+    meta = dict(connection.execute("SELECT name, value FROM meta"))
+    books = Books(
+        window=window,
+        cells=read_cells(connection),
+        sequences=dict(connection.execute("SELECT regions, last FROM sequence")),
+        lanes={(regions, route): lane for lane, regions, route in connection.execute("SELECT * FROM lane")},
+        meta=meta,
+        head=read_head(meta, "audit.head"),
+        base=read_head(meta, "audit.base"),
+        audit_bytes=int(meta.get("audit.bytes", 0)),
+    )
+    for session, n, mid, digest in connection.execute("SELECT session, n, mid, digest FROM intake ORDER BY n"):
+        ring = books.rings.setdefault(session, Ring())
+        ring.add(mid, digest, window)
+        ring.taken = n
+    return books

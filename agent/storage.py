@@ -1,0 +1,241 @@
+"""The ledger's files: opening, locking, migrating, setting aside what is damaged, and the reserve for a full disk.
+
+Invariants
+- One process at a time writes: an advisory lock on `<name>.lock` is held from opening to closing.
+- A damaged file is never a reason not to start: database, journal, spool files and seal are renamed to
+  `<name>.corrupt-<n>...`, reported, and new ones begun. Only the last `KEPT_ASIDE` of these are kept.
+- A file of a newer schema is refused and left alone; one of an older schema is migrated in one transaction.
+- What is checked at the start is bounded: file size against header, the schema, the small tables. Damage that shows
+  later leaves a mark (`<name>.suspect`), and the next start checks the whole file.
+
+Layout beside the database `<name>`: `<name>-wal` and `<name>-shm` (SQLite), `<name>.files/` (large envelopes),
+`<name>.seal` (sealed audit head), `<name>.reserve`, `<name>.lock`, `<name>.suspect`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.blobs import sync_directory
+from agent.errors import LedgerCorruptError, LedgerError, LedgerStalledError
+
+APPLICATION_ID = 0x52734167  # "RsAg", so that `file` and we can tell whose database it is
+SCHEMA_VERSION = 1
+KEPT_ASIDE = 2
+WAL_PAGES = 1000  # checkpoint after 4 MB: hot pages are written back once per about 1,000 page writes
+PAGE_BYTES = 4096
+
+# Why each: NORMAL locking lets `status` read; FULL syncs the journal at every commit; secure_delete FAST clears deleted
+# content where that costs no extra write; the cache bounds memory; the journal is cut back to its usual size.
+PRAGMAS = f"""
+PRAGMA auto_vacuum=INCREMENTAL;
+PRAGMA journal_mode=WAL;
+PRAGMA synchronous=FULL;
+PRAGMA wal_autocheckpoint={WAL_PAGES};
+PRAGMA journal_size_limit={WAL_PAGES * PAGE_BYTES};
+PRAGMA cache_size=-2048;
+PRAGMA secure_delete=FAST;
+PRAGMA temp_store=MEMORY;
+PRAGMA trusted_schema=OFF;
+"""
+
+SCHEMA = f"""
+CREATE TABLE record(
+    key INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, lane INTEGER NOT NULL, priority INTEGER NOT NULL,
+    class TEXT NOT NULL, size INTEGER NOT NULL, expires_ns INTEGER NOT NULL, recorded_ns INTEGER NOT NULL,
+    sequence INTEGER NOT NULL, basis TEXT NOT NULL, topic TEXT NOT NULL, time_ns INTEGER NOT NULL,
+    monotonic_ns INTEGER NOT NULL, doubt_ns INTEGER NOT NULL, boot TEXT NOT NULL, crc INTEGER NOT NULL,
+    file INTEGER, envelope BLOB);
+CREATE INDEX record_order ON record(lane, priority);
+CREATE INDEX record_expiry ON record(expires_ns);
+CREATE INDEX record_file ON record(file) WHERE file IS NOT NULL;
+CREATE TABLE lane(id INTEGER PRIMARY KEY, regions TEXT NOT NULL, route TEXT NOT NULL, UNIQUE(regions, route));
+CREATE TABLE counter(
+    state TEXT, dimension TEXT, name TEXT, number INTEGER NOT NULL, bytes INTEGER NOT NULL,
+    PRIMARY KEY(state, dimension, name)) WITHOUT ROWID;
+CREATE TABLE sequence(regions TEXT PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE intake(
+    session TEXT, slot INTEGER, n INTEGER NOT NULL, mid INTEGER NOT NULL, digest BLOB NOT NULL,
+    PRIMARY KEY(session, slot)) WITHOUT ROWID;
+CREATE TABLE meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE audit(first INTEGER PRIMARY KEY, count INTEGER NOT NULL, digest BLOB NOT NULL, data BLOB NOT NULL);
+PRAGMA application_id={APPLICATION_ID};
+PRAGMA user_version={SCHEMA_VERSION};
+"""
+SMALL_TABLES = ("lane", "counter", "sequence", "intake", "meta")
+
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+_DISK_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """A file of the ledger's family."""
+    return path.with_name(path.name + suffix)
+
+
+@contextlib.contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """SQLite's and the system's errors become LedgerErrors; damage leaves its mark for the next start."""
+    try:
+        yield
+    except sqlite3.Error as exc:
+        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+        if code in _DAMAGE:
+            with contextlib.suppress(OSError):
+                beside(path, ".suspect").touch()
+            msg = f"{path}: damaged: {exc}"
+            raise LedgerCorruptError(msg) from exc
+        kind = LedgerStalledError if code in _DISK else LedgerError
+        msg = f"{path}: {exc}"
+        raise kind(msg) from exc
+    except OSError as exc:
+        kind = LedgerStalledError if exc.errno in _DISK_ERRNO else LedgerError
+        msg = f"{path}: {exc}"
+        raise kind(msg) from exc
+
+
+def lock(path: Path) -> int:
+    """Take the lock of the ledger at `path`; the descriptor holds it. LedgerError where another process has it."""
+    file = os.open(beside(path, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        os.close(file)
+        msg = f"{path}: another process uses this ledger"
+        raise LedgerError(msg) from exc
+    return file
+
+
+def connect(path: Path) -> tuple[sqlite3.Connection, tuple[str, ...]]:
+    """Open or create the database; incidents tell what was set aside. sqlite3.Error, OSError or LedgerError."""
+    incidents: list[str] = []
+    if not path.exists() and beside(path, ".seal").exists():
+        incidents.append(set_aside(path, "the database is gone, its seal is not"))
+    try:
+        return _open_checked(path), tuple(incidents)
+    except sqlite3.DatabaseError as exc:
+        if getattr(exc, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:
+            raise
+        incidents.append(set_aside(path, str(exc)))
+    return _open_checked(path), tuple(incidents)
+
+
+def read_only(path: Path) -> sqlite3.Connection:
+    """A second connection that only reads, beside the writer or without one."""
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    connection.execute("PRAGMA query_only=ON")
+    return connection
+
+
+def _open_checked(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
+    try:
+        connection.executescript(PRAGMAS)
+        _prepare_schema(connection, path)
+        _check(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare_schema(connection: sqlite3.Connection, path: Path) -> None:
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version > SCHEMA_VERSION:
+        msg = f"{path}: written by a newer release (schema {version}, this one knows {SCHEMA_VERSION}); left alone"
+        raise LedgerError(msg)
+    if version == 0:
+        if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+            raise _damage("it holds another program's tables")
+        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+        sync_directory(path.parent)
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise sqlite3.DatabaseError where the bounded check finds damage."""
+    if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        raise _damage("it is not a ledger")
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    pages = connection.execute("PRAGMA page_count").fetchone()[0]
+    size = path.stat().st_size
+    if size < pages * PAGE_BYTES and not beside(path, "-wal").stat().st_size:
+        raise _damage(f"{size} bytes where {pages} pages should be")
+    suspect = beside(path, ".suspect")
+    for check in ("quick_check",) if suspect.exists() else tuple(f"quick_check('{table}')" for table in SMALL_TABLES):
+        found = connection.execute(f"PRAGMA {check}").fetchone()[0]
+        if found != "ok":
+            raise _damage(str(found))
+    suspect.unlink(missing_ok=True)
+
+
+def _damage(what: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(what)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
+
+
+def set_aside(path: Path, why: str) -> str:
+    """Rename the whole family of a damaged ledger, drop the oldest such family, say what was done."""
+    taken = [int(file.name.rpartition("-")[2]) for file in _aside(path)]
+    number = max(taken, default=0) + 1
+    for old in sorted(taken)[: max(0, len(taken) + 1 - KEPT_ASIDE)]:
+        _remove_family(beside(path, f".corrupt-{old}"))
+    beside(path, ".reserve").unlink(missing_ok=True)
+    beside(path, "-shm").unlink(missing_ok=True)
+    beside(path, ".suspect").unlink(missing_ok=True)
+    target = beside(path, f".corrupt-{number}")
+    target.touch()
+    for suffix in ("-wal", ".files", ".seal", ""):
+        if beside(path, suffix).exists():
+            beside(path, suffix).replace(beside(target, suffix))
+    sync_directory(path.parent)
+    return f"{path.name} set aside as {target.name}: {why}"
+
+
+def _aside(path: Path) -> list[Path]:
+    prefix = path.name + ".corrupt-"
+    return [file for file in path.parent.glob(prefix + "*") if file.name[len(prefix) :].isdigit()]
+
+
+def _remove_family(target: Path) -> None:
+    shutil.rmtree(beside(target, ".files"), ignore_errors=True)
+    for suffix in ("-wal", "-shm", ".seal", ""):
+        beside(target, suffix).unlink(missing_ok=True)
+
+
+class Reserve:
+    """Disk space held in a file: given up when the disk is full, taken again when it is not."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._path = beside(path, ".reserve")
+        self._size = size
+
+    def take(self) -> bool:
+        """Allocate the reserve where it is missing; False where the disk has no room for it."""
+        try:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if self._size and os.fstat(file).st_size < self._size:
+                    os.posix_fallocate(file, 0, self._size)
+            finally:
+                os.close(file)
+        except OSError:
+            self.give()
+            return False
+        return True
+
+    def give(self) -> bool:
+        """Free the reserve; False where it was free already."""
+        try:
+            self._path.unlink()
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,291 @@
+"""One transaction of the ledger: entries in, rows, counters and one audit block out.
+
+Invariants
+- Nothing in memory changes before the commit; a transaction that fails leaves no row and no file behind.
+- Every state change writes its audit row and its counters in the same transaction.
+- Regions of a record are never widened, its capture never changes.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from agent import audit, tally
+from agent.blobs import Blobs
+from agent.books import Books, Delta, Lane
+from agent.entries import (
+    Delivered,
+    Entry,
+    IntakeKey,
+    LedgerLimits,
+    Noted,
+    Redecided,
+    Refused,
+    Rejected,
+    Released,
+    SessionReset,
+    Store,
+    Withdrawn,
+)
+from agent.messages import Record, Redaction, State
+
+RECORD_OVERHEAD = 512  # bytes that a record takes beside its envelope: row, index entries, audit row
+AUDIT_OVERHEAD = 64  # bytes of an audit block beside its rows
+TOO_LARGE = "ledger.too-large"
+
+_INSERT = """INSERT INTO record(id, lane, priority, class, size, expires_ns, recorded_ns, sequence, basis, topic,
+    time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope, key)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_UPDATE = """UPDATE record SET (id, lane, priority, class, size, expires_ns, recorded_ns, sequence, basis, topic,
+    time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope)
+    = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE key = ?"""
+_DELETE = "DELETE FROM record WHERE id = ? RETURNING key, id, lane, priority, class, size, file"
+_SELECT = """SELECT key, id, lane, priority, class, size, file, time_ns, monotonic_ns, doubt_ns, boot
+    FROM record WHERE id = ?"""
+Gone = tuple[int, str, int, int, str, int, int | None]  # key, id, lane, priority, class, size, file
+_COUNTER = """INSERT INTO counter VALUES (?, ?, ?, ?, ?)
+    ON CONFLICT DO UPDATE SET number = number + excluded.number, bytes = bytes + excluded.bytes"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What is needed of a stored record to end or change it."""
+
+    key: int
+    id: str
+    lane: Lane
+    data_class: str
+    size: int
+    file: int | None
+
+    @property
+    def state(self) -> State:
+        """A record without a route is held."""
+        return State.PENDING if self.lane[1] else State.HELD
+
+    @property
+    def subject(self) -> tally.Subject:
+        """What the counters need."""
+        return tally.Subject(regions=self.lane[0], data_class=self.data_class, size=self.size)
+
+
+def lane_of(record: Record) -> Lane:
+    """The lane of a record; ValueError where state and route contradict each other."""
+    if record.state not in {State.PENDING, State.HELD} or (record.state is State.PENDING) != bool(record.route):
+        msg = f"record {record.id}: state {record.state} with route {record.route}"
+        raise ValueError(msg)
+    return ",".join(record.regions), "\n".join(record.route)
+
+
+def spool_size(record: Record) -> int:
+    """Bytes that the limits count for a record."""
+    return len(record.envelope) + RECORD_OVERHEAD
+
+
+class Transaction:
+    """Collects and writes the changes of one BEGIN .. COMMIT, which the caller owns."""
+
+    def __init__(self, connection: sqlite3.Connection, books: Books, blobs: Blobs, limits: LedgerLimits) -> None:
+        self.delta = Delta()
+        self._execute = connection.execute
+        self._connection = connection
+        self._books = books
+        self._blobs = blobs
+        self._limits = limits
+        self._names: dict[int, Lane] = {}
+        self._freed_audit = 0
+
+    def apply(self, entry: Entry) -> None:
+        """Apply one entry. ValueError, sqlite3.Error or OSError: the transaction is to be rolled back."""
+        match entry:
+            case Store():
+                self._store(entry)
+            case Refused():
+                self._refuse(entry)
+            case Delivered():
+                marks = {"endpoint": entry.endpoint}
+                self._end(entry.id, State.DELIVERED, entry.time_ns, marks, code=entry.code)
+            case Rejected():
+                marks = {"endpoint": entry.endpoint, "reason": f"endpoint.rejected-{entry.code}"}
+                self._end(entry.id, State.REFUSED, entry.time_ns, marks, code=entry.code)
+            case Withdrawn():
+                self._end(entry.id, State.REFUSED, entry.time_ns, {"reason": entry.reason})
+            case Released():
+                self._change(entry.record, "released", "", entry.time_ns)
+            case Redecided():
+                self._change(entry.record, "redecided", entry.reason, entry.time_ns)
+            case Noted():
+                self.delta.meta[f"note.{entry.name}"] = entry.value
+                self._audit("noted", entry.time_ns, name=entry.name, value=entry.value)
+            case SessionReset():
+                self.delta.resets.append(entry.session)
+                self.delta.intakes = [key for key in self.delta.intakes if key.session != entry.session]
+
+    def _audit(self, what: str, time_ns: int, **fields: object) -> int:
+        n = self._books.head.n + len(self.delta.rows) + 1
+        row = {name: value for name, value in fields.items() if value not in (None, "")}
+        self.delta.rows.append(audit.canonical({"n": n, "time_ns": time_ns, "what": what, **row}))
+        return n
+
+    def _received(self, intake: IntakeKey | None) -> None:
+        tally.add(self.delta.cells, (tally.RECEIVED, tally.TOTAL, ""), 1)
+        if intake is not None:
+            self.delta.intakes.append(intake)
+
+    def _store(self, entry: Store) -> None:
+        record, lane = entry.record, lane_of(entry.record)
+        subject = tally.Subject(regions=lane[0], data_class=record.data_class, size=spool_size(record))
+        self._received(entry.intake)
+        facts: dict[str, object] = {"id": record.id, "class": record.data_class, "candidates": lane[0]}
+        facts |= {"reason": entry.reason, "route": ",".join(record.route), **_redaction(entry.redaction)}
+        key = self._audit("stored", record.recorded_ns, decision=str(record.state), **facts)
+        self._number(lane[0], record.sequence)
+        if subject.size > min(self._limits.lane_bytes, self._limits.total_bytes):
+            self._evicted(record.id, subject, TOO_LARGE, record.recorded_ns)
+            return
+        self._execute(_INSERT, (*self._columns(record, lane, key), key))
+        tally.step(self.delta.cells, record.state, subject)
+
+    def _columns(self, record: Record, lane: Lane, number: int) -> tuple[object, ...]:
+        capture, data = record.capture, record.envelope
+        file = number if len(data) > self._limits.inline_bytes else None
+        if file is not None:
+            self.delta.written.append(file)
+            self._blobs.write(file, data)
+        return (
+            *(record.id, self._lane(lane), int(record.priority), record.data_class, spool_size(record)),
+            *(record.expires_ns, record.recorded_ns, record.sequence, str(record.basis), record.topic),
+            *(capture.time_ns, capture.monotonic_ns, capture.doubt_ns, capture.boot_id),
+            *(zlib.crc32(data), file, data if file is None else None),
+        )
+
+    def _lane(self, lane: Lane) -> int:
+        number = self._books.lanes.get(lane) or self.delta.lanes.get(lane)
+        if number is None:
+            number = self._execute("INSERT INTO lane(regions, route) VALUES (?, ?) RETURNING id", lane).fetchall()[0][0]
+            self.delta.lanes[lane] = number
+        return int(number)
+
+    def _number(self, regions: str, sequence: int) -> None:
+        last = self.delta.sequences.get(regions, self._books.sequences.get(regions, -1))
+        self.delta.sequences[regions] = max(last, sequence)
+
+    def _refuse(self, entry: Refused) -> None:
+        subject = tally.Subject(regions=",".join(entry.regions), data_class=entry.data_class or "")
+        self._received(entry.intake)
+        tally.step(self.delta.cells, State.REFUSED, subject, marks={"reason": entry.reason})
+        facts: dict[str, object] = {"class": entry.data_class, "candidates": subject.regions, "reason": entry.reason}
+        self._audit("refused", entry.time_ns, decision="refused", **facts, **_redaction(entry.redaction))
+
+    def _row(self, fields: Gone) -> Row:
+        key, name, lane, _, data_class, size, file = fields
+        return Row(key=key, id=name, lane=self._lane_name(lane), data_class=data_class, size=size, file=file)
+
+    def _lane_name(self, number: int) -> Lane:
+        if number not in self._names:
+            self._names = {value: lane for lane, value in (self._books.lanes | self.delta.lanes).items()}
+        return self._names[number]
+
+    def _end(
+        self, name: str, state: State, time_ns: int, counted: Mapping[str, str], *, code: int | None = None
+    ) -> None:
+        gone = self._execute(_DELETE, (name,)).fetchall()
+        if not gone:
+            tally.add(self.delta.cells, (tally.LATE, tally.TOTAL, ""), 1)
+            self._audit("late", time_ns, id=name, decision=str(state), code=code, **counted)
+            return
+        self._left(self._row(gone[0]), state, counted, time_ns, code)
+
+    def _left(self, row: Row, state: State, counted: Mapping[str, str], time_ns: int, code: int | None = None) -> None:
+        tally.step(self.delta.cells, row.state, row.subject, -1)
+        tally.step(self.delta.cells, state, row.subject, marks=counted)
+        if row.file is not None:
+            self.delta.unneeded.append(row.file)
+        facts: dict[str, object] = {"class": row.data_class, "candidates": row.lane[0], "code": code, **counted}
+        self._audit(str(state), time_ns, id=row.id, **facts)
+
+    def _change(self, record: Record, what: str, reason: str, time_ns: int) -> None:
+        lane = lane_of(record)
+        found = self._execute(_SELECT, (record.id,)).fetchone()
+        if found is None:
+            tally.add(self.delta.cells, (tally.LATE, tally.TOTAL, ""), 1)
+            self._audit("late", time_ns, id=record.id, decision=what)
+            return
+        row, capture = self._row(found[:7]), record.capture
+        same_capture = found[7:] == (capture.time_ns, capture.monotonic_ns, capture.doubt_ns, capture.boot_id)
+        if not same_capture or not set(record.regions) <= set(row.lane[0].split(",")):
+            msg = f"record {record.id}: its capture or regions {row.lane[0]} may not become {lane[0]}"
+            raise ValueError(msg)
+        subject = tally.Subject(regions=lane[0], data_class=record.data_class, size=spool_size(record))
+        facts: dict[str, object] = {"id": record.id, "class": record.data_class, "candidates": lane[0]}
+        facts |= {"reason": reason, "route": ",".join(record.route)}
+        number = self._audit(what, time_ns, decision=str(record.state), **facts)
+        self._execute(_UPDATE, (*self._columns(record, lane, number), row.key))
+        if row.file is not None:
+            self.delta.unneeded.append(row.file)
+        self._number(lane[0], record.sequence)
+        tally.step(self.delta.cells, row.state, row.subject, -1)
+        tally.step(self.delta.cells, record.state, subject)
+
+    def remove(self, gone: Gone, state: State, reason: str, time_ns: int) -> int:
+        """End one record, given its `GONE` columns, for a reason of the ledger's own; bytes that this frees."""
+        row = self._row(gone)
+        self._execute("DELETE FROM record WHERE key = ?", (row.key,))
+        self._left(row, state, {"reason": reason}, time_ns)
+        return row.size
+
+    def drop_audit(self, base: audit.Head, freed: int, time_ns: int) -> None:
+        """Drop the audit rows up to `base`, which take `freed` bytes, and say so in the chain."""
+        n = self._books.head.n + len(self.delta.rows) + 1
+        self.delta.rows.append(audit.canonical(audit.checkpoint(n, time_ns, base)))
+        self._execute("DELETE FROM audit WHERE first <= ?", (base.n,))
+        self.delta.meta["audit.base"] = f"{base.n} {base.digest.hex()}"
+        self._freed_audit = freed
+
+    def spooled_bytes(self, dimension: str = tally.TOTAL, name: str = "") -> int:
+        """Bytes in the spool as this transaction leaves it."""
+        committed = tally.spooled_bytes(self._books.cells, dimension, name)
+        return committed + tally.spooled_bytes(self.delta.cells, dimension, name)
+
+    def lanes(self) -> Mapping[Lane, int]:
+        """All lanes as this transaction leaves them."""
+        return self._books.lanes | self.delta.lanes
+
+    def finish(self) -> tuple[audit.Head, int]:
+        """Write counters, numbering and the audit block; the new head and how many bytes the audit rows take."""
+        many = self._connection.executemany
+        head, size = self._books.head, -self._freed_audit
+        if self.delta.rows:
+            block = audit.pack(head, self.delta.rows)
+            head, size = audit.head_of(block), size + len(block.data) + AUDIT_OVERHEAD
+            self._execute("INSERT INTO audit VALUES (?, ?, ?, ?)", (block.first, block.count, block.digest, block.data))
+            self.delta.meta["audit.head"] = f"{head.n} {head.digest.hex()}"
+            self.delta.meta["audit.bytes"] = str(self._books.audit_bytes + size)
+        many(_COUNTER, ((*name, *values) for name, values in self.delta.cells.items()))
+        many("INSERT OR REPLACE INTO sequence VALUES (?, ?)", self.delta.sequences.items())
+        many("INSERT OR REPLACE INTO meta VALUES (?, ?)", self.delta.meta.items())
+        many("DELETE FROM intake WHERE session = ?", ((session,) for session in self.delta.resets))
+        many("INSERT OR REPLACE INTO intake VALUES (?, ?, ?, ?, ?)", self._intake_rows())
+        if self.delta.written:
+            self._blobs.sync_names()
+        return head, size
+
+    def _intake_rows(self) -> Iterator[tuple[str, int, int, int, bytes]]:
+        taken = {name: ring.taken for name, ring in self._books.rings.items() if name not in self.delta.resets}
+        for key in self.delta.intakes:
+            n = taken[key.session] = taken.get(key.session, 0) + 1
+            yield key.session, n % self._books.window, n, key.mid, key.digest
+
+    def _evicted(self, name: str, subject: tally.Subject, reason: str, time_ns: int) -> None:
+        tally.step(self.delta.cells, State.EVICTED, subject, marks={"reason": reason})
+        facts: dict[str, object] = {"class": subject.data_class, "candidates": subject.regions, "reason": reason}
+        self._audit("evicted", time_ns, id=name, **facts)
+
+
+def _redaction(redaction: Redaction | None) -> dict[str, object]:
+    if redaction is None:
+        return {}
+    return {"model": redaction.model_digest, "pictures": redaction.pictures, "counts": redaction.summary()}

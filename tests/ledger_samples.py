@@ -1,0 +1,56 @@
+"""Records and entries for the tests of the storage modules."""
+
+from pathlib import Path
+
+from agent.entries import Delivered, IntakeKey, LedgerLimits, Refused, Store
+from agent.ledger import Ledger
+from agent.messages import Basis, Capture, Priority, Record, State
+
+SECOND = 1_000_000_000
+NOW = 1_800_000_000 * SECOND
+MODEL = "ab" * 32
+
+
+def record(
+    number, *, size=100, regions=("cn",), route=("cn",), priority=Priority.LIVE, data_class="telemetry", ttl=3600
+):
+    return Record(
+        id=f"id-{number}",
+        state=State.PENDING if route else State.HELD,
+        route=route,
+        regions=regions,
+        basis=Basis.GNSS,
+        data_class=data_class,
+        topic="vehicle/telemetry/speed",
+        priority=priority,
+        capture=Capture(time_ns=NOW + number, monotonic_ns=number, doubt_ns=5, boot_id="boot"),
+        recorded_ns=NOW + number,
+        expires_ns=NOW + number + ttl * SECOND,
+        sequence=number,
+        envelope=bytes([number % 256]) * size,
+    )
+
+
+def store(number, *, mid=None, **fields):
+    intake = None if mid is None else IntakeKey(session="telemetry", mid=mid, digest=f"digest-{number}".encode())
+    return Store(record=record(number, **fields), intake=intake)
+
+
+def refused(reason="policy.no-rule", **fields):
+    return Refused(reason=reason, time_ns=NOW, **fields)
+
+
+def delivered(number, endpoint="cn", code=0):
+    return Delivered(id=f"id-{number}", endpoint=endpoint, code=code, time_ns=NOW)
+
+
+def opened(path: Path, **limits) -> Ledger:
+    return Ledger.open(path, LedgerLimits(**{"reserve_bytes": 65536} | limits))
+
+
+def ids(spooled):
+    return [item.record.id for item in spooled]
+
+
+def numbers(spooled):
+    return [int(item.record.id.removeprefix("id-")) for item in spooled]

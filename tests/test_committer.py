@@ -1,0 +1,161 @@
+import asyncio
+import threading
+
+import pytest
+from ledger_samples import delivered, numbers, opened, store
+
+from agent.committer import CommitOptions, Committer
+from agent.errors import LedgerCorruptError, LedgerError, LedgerStalledError
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = opened(tmp_path / "ledger.db")
+    yield ledger
+    ledger.close()
+
+
+class Disk:
+    """Stands before a ledger's `commit`: counts transactions, stalls or fails on demand."""
+
+    def __init__(self, ledger):
+        self.loop = asyncio.get_running_loop()
+        self.transactions = []
+        self.error = None
+        self.refused = asyncio.Event()
+        self.refuses = lambda _: True
+        self.gate = threading.Event()
+        self.gate.set()
+        self._commit = ledger.commit
+        ledger.commit = self.commit
+
+    def commit(self, entries):
+        assert self.gate.wait(10)
+        if self.error is not None and any(self.refuses(entry) for entry in entries):
+            self.loop.call_soon_threadsafe(self.refused.set)
+            raise self.error
+        self.transactions.append(len(entries))
+        self._commit(entries)
+
+
+async def test_submitted_entry_is_durable_when_submit_returns(ledger):
+    async with Committer(ledger, CommitOptions()) as committer:
+        await committer.submit(store(1))
+        assert ledger.read_counts(ledger._path).pending == 1
+
+
+async def test_entries_of_many_submitters_share_few_transactions_in_order(ledger):
+    disk = Disk(ledger)
+    async with Committer(ledger, CommitOptions(max_entries=50, max_delay_s=10)) as committer:
+        await asyncio.gather(*(committer.submit(store(n)) for n in range(200)))
+        assert disk.transactions == [50, 50, 50, 50]
+        spooled = await committer.call(lambda ledger: ledger.pending("cn", limit=1000))
+    assert numbers(spooled) == list(range(200))
+
+
+async def test_lone_entry_waits_no_longer_than_the_delay(ledger):
+    async with Committer(ledger, CommitOptions(max_delay_s=0.01)) as committer:
+        async with asyncio.timeout(5):
+            await committer.submit(store(1))
+
+
+async def test_transaction_is_bounded_by_bytes(ledger):
+    disk = Disk(ledger)
+    async with Committer(ledger, CommitOptions(max_bytes=25_000, max_delay_s=0.05)) as committer:
+        await asyncio.gather(*(committer.submit(store(n, size=10_000)) for n in range(6)))
+    assert disk.transactions == [2, 2, 2]
+
+
+async def test_full_queue_makes_submitters_wait_and_discards_nothing(ledger):
+    disk = Disk(ledger)
+    disk.gate.clear()
+    async with Committer(ledger, CommitOptions(queue_entries=4, max_entries=2, max_delay_s=0)) as committer:
+        tasks = [asyncio.create_task(committer.submit(store(n))) for n in range(10)]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in tasks)
+        assert len(committer._stores.waiting) <= 4
+        disk.gate.set()
+        await asyncio.gather(*tasks)
+    assert ledger.counts().pending == 10
+
+
+async def test_entry_that_contradicts_the_ledger_fails_alone(ledger):
+    async with Committer(ledger, CommitOptions(max_delay_s=0.05)) as committer:
+        entries = [store(1), store(2), store(1), store(3)]
+        results = await asyncio.gather(*map(committer.submit, entries), return_exceptions=True)
+    assert [type(result) for result in results[:2]] == [type(None)] * 2
+    assert isinstance(results[2], LedgerError)
+    assert results[3] is None
+    assert ledger.counts().received == 3
+
+
+async def test_stores_wait_for_a_full_disk_while_deliveries_go_on(ledger):
+    ledger.commit([store(1)])
+    disk = Disk(ledger)
+    disk.error = LedgerStalledError("disk full")
+    disk.refuses = lambda entry: hasattr(entry, "record")
+    async with Committer(ledger, CommitOptions(max_delay_s=0.01, retry_s=0.02)) as committer:
+        stores = [asyncio.create_task(committer.submit(store(n))) for n in range(2, 6)]
+        await committer.submit(delivered(1))
+        assert committer.stalled == "disk full"
+        assert not any(task.done() for task in stores)
+        disk.error = None
+        await asyncio.gather(*stores)
+        assert committer.stalled is None
+        spooled = await committer.call(lambda ledger: ledger.pending("cn", limit=10))
+    assert numbers(spooled) == [2, 3, 4, 5]
+    assert ledger.counts().conserved
+
+
+async def test_damaged_ledger_fails_everyone_at_once_and_from_then_on(ledger):
+    disk = Disk(ledger)
+    disk.error = LedgerCorruptError("malformed")
+    async with Committer(ledger, CommitOptions(queue_entries=2, max_delay_s=0.01)) as committer:
+        results = await asyncio.gather(*(committer.submit(store(n)) for n in range(6)), return_exceptions=True)
+        assert all(isinstance(result, LedgerCorruptError) for result in results)
+        with pytest.raises(LedgerCorruptError):
+            await committer.submit(store(9))
+
+
+async def test_unexpected_failure_of_the_thread_reaches_submitters_and_the_block(ledger):
+    disk = Disk(ledger)
+    disk.error = ZeroDivisionError("a defect")
+    committer = Committer(ledger, CommitOptions())
+    await committer.__aenter__()
+    with pytest.raises(LedgerError):
+        await committer.submit(store(1))
+    with pytest.raises(ZeroDivisionError):
+        await committer.__aexit__(None, None, None)
+
+
+async def test_block_ends_only_when_everything_submitted_is_durable(ledger):
+    async with Committer(ledger, CommitOptions(max_entries=3)) as committer:
+        tasks = [asyncio.create_task(committer.submit(store(n))) for n in range(20)]
+        await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+    assert ledger.counts().pending == 20
+
+
+async def test_block_ends_on_a_full_disk_and_tells_those_who_wait(ledger):
+    disk = Disk(ledger)
+    disk.error = LedgerStalledError("disk full")
+    async with Committer(ledger, CommitOptions(max_delay_s=0, retry_s=60)) as committer:
+        task = asyncio.create_task(committer.submit(store(1)))
+        await disk.refused.wait()
+    with pytest.raises(LedgerError, match="disk full"):
+        await task
+    with pytest.raises(LedgerError):
+        await committer.submit(store(2))
+
+
+async def test_cancelled_submitter_leaves_the_others_untouched(ledger):
+    disk = Disk(ledger)
+    disk.gate.clear()
+    async with Committer(ledger, CommitOptions(max_delay_s=0)) as committer:
+        tasks = [asyncio.create_task(committer.submit(store(n))) for n in range(4)]
+        await asyncio.sleep(0.02)
+        tasks[1].cancel()
+        disk.gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [type(None), asyncio.CancelledError, type(None), type(None)]
+    assert ledger.counts().conserved

@@ -1,0 +1,357 @@
+import sqlite3
+import threading
+from dataclasses import replace
+
+import pytest
+from ledger_samples import MODEL, NOW, SECOND, delivered, numbers, opened, record, refused, store
+
+from agent.entries import IntakeKey, Noted, Redecided, Rejected, Released, SessionReset, Store, Withdrawn
+from agent.errors import LedgerError
+from agent.ledger import Ledger
+from agent.messages import Priority, Redaction, State
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "state" / "ledger.db"
+
+
+@pytest.fixture
+def ledger(path):
+    ledger = opened(path)
+    yield ledger
+    ledger.close()
+
+
+def test_new_ledger_is_empty_and_reports_no_incident(ledger):
+    assert ledger.incidents == ()
+    assert ledger.counts().received == 0
+    assert ledger.counts().conserved
+    assert ledger.pending("cn", limit=10) == []
+
+
+def test_stored_record_comes_back_exactly_after_reopening(path):
+    original = record(7, regions=("cn", "hk"), route=("a", "b"), size=300)
+    ledger = opened(path)
+    ledger.commit([Store(record=original)])
+    ledger.close()
+    ledger = opened(path)
+    assert [spooled.record for spooled in ledger.pending("a", limit=5)] == [original]
+    assert ledger.find(original.id) == original
+    ledger.close()
+
+
+def test_large_envelope_is_kept_in_a_file_that_goes_with_its_record(path):
+    ledger = opened(path, inline_bytes=1000)
+    ledger.commit([store(1, size=5000), store(2, size=1000)])
+    files = path.with_name("ledger.db.files")
+    assert [file.stat().st_size for file in files.iterdir()] == [5000]
+    assert ledger.find("id-1") == record(1, size=5000)
+    ledger.commit([delivered(1)])
+    assert list(files.iterdir()) == []
+    ledger.close()
+
+
+def test_records_come_by_priority_then_by_arrival(ledger):
+    ledger.commit([store(1, priority=Priority.BULK), store(2), store(3, priority=Priority.URGENT)])
+    ledger.commit([store(4, priority=Priority.URGENT), store(5), store(6, priority=Priority.BULK)])
+    assert numbers(ledger.pending("cn", limit=10)) == [3, 4, 2, 5, 1, 6]
+    assert numbers(ledger.pending("cn", limit=10, priority=Priority.LIVE)) == [2, 5]
+    assert numbers(ledger.pending("cn", limit=3)) == [3, 4, 2]
+
+
+def test_arrival_order_holds_across_regions_of_one_route(ledger):
+    ledger.commit([store(n, regions=(("cn",), ("hk",), ("cn", "hk"))[n % 3], route=("x",)) for n in range(1, 10)])
+    assert numbers(ledger.pending("x", limit=100)) == list(range(1, 10))
+
+
+def test_keys_split_backlog_from_live_records(ledger):
+    ledger.commit([store(1), store(2)])
+    boundary = ledger.last_key
+    ledger.commit([store(3), store(4)])
+    assert numbers(ledger.pending("cn", limit=10, after=boundary)) == [3, 4]
+    assert numbers(ledger.pending("cn", limit=10, until=boundary)) == [1, 2]
+
+
+def test_records_in_flight_are_skipped(ledger):
+    ledger.commit([store(n) for n in range(5)])
+    assert numbers(ledger.pending("cn", limit=2, skip={"id-0", "id-2"})) == [1, 3]
+
+
+def test_read_is_bounded_by_bytes_but_never_empty(ledger):
+    ledger.commit([store(n, size=1000) for n in range(5)])
+    assert numbers(ledger.pending("cn", limit=10, max_bytes=2500)) == [0, 1]
+    assert numbers(ledger.pending("cn", limit=10, max_bytes=10)) == [0]
+
+
+def test_record_goes_to_the_first_endpoint_of_its_route_that_is_not_down(ledger):
+    ledger.commit([store(1, route=("a", "b")), store(2, route=("b",)), store(3, route=("a",))])
+    assert numbers(ledger.pending("a", limit=10)) == [1, 3]
+    assert numbers(ledger.pending("b", limit=10)) == [2]
+    assert numbers(ledger.pending("b", limit=10, down={"a"})) == [1, 2]
+    assert ledger.pending("c", limit=10, down={"a", "b"}) == []
+
+
+def test_every_message_is_in_exactly_one_state(ledger):
+    ledger.commit([store(1), store(2), store(3), store(4, route=(), regions=("cn", "hk")), refused()])
+    ledger.commit(
+        [
+            delivered(1, "cn"),
+            Rejected(id="id-2", endpoint="cn", code=0x99, time_ns=NOW),
+            Withdrawn(id="id-3", reason="policy.withdrawn", time_ns=NOW),
+        ]
+    )
+    counts = ledger.counts()
+    assert (counts.received, counts.delivered, counts.refused, counts.held, counts.pending) == (5, 1, 3, 1, 0)
+    assert counts.conserved
+    assert counts.breakdown["refused"]["reason"] == {
+        "policy.no-rule": 1,
+        "endpoint.rejected-153": 1,
+        "policy.withdrawn": 1,
+    }
+    assert counts.breakdown["delivered"] == {"region": {"cn": 1}, "class": {"telemetry": 1}, "endpoint": {"cn": 1}}
+    assert counts.breakdown["held"]["region"] == {"cn,hk": 1}
+
+
+def test_counters_survive_reopening_and_can_be_read_beside_the_writer(path):
+    ledger = opened(path)
+    ledger.commit([store(1), store(2), refused()])
+    ledger.commit([delivered(1)])
+    assert Ledger.read_counts(path) == ledger.counts()
+    before = ledger.counts()
+    ledger.close()
+    assert Ledger.read_counts(path) == before
+    ledger = opened(path)
+    assert ledger.counts() == before
+    ledger.close()
+
+
+def test_answer_for_a_record_that_has_gone_is_counted_as_late_and_changes_nothing_else(ledger):
+    ledger.commit([store(1)])
+    ledger.commit([delivered(1), delivered(1)])
+    counts = ledger.counts()
+    assert (counts.delivered, counts.late, counts.conserved) == (1, 1, True)
+
+
+def test_transaction_is_all_or_nothing(ledger, path):
+    ledger.commit([store(1)])
+    before = ledger.counts()
+    with pytest.raises(LedgerError, match="UNIQUE"):
+        ledger.commit([store(2, size=100_000), delivered(1), store(2)])
+    assert ledger.counts() == before
+    assert numbers(ledger.pending("cn", limit=10)) == [1]
+    assert list(path.with_name("ledger.db.files").iterdir()) == []
+
+
+def test_record_whose_state_contradicts_its_route_is_not_stored(ledger):
+    with pytest.raises(LedgerError, match="id-1"):
+        ledger.commit([Store(record=replace(record(1), state=State.HELD))])
+    assert ledger.counts().received == 0
+
+
+def test_held_record_becomes_pending_with_narrowed_regions_and_a_new_envelope(ledger):
+    held = record(1, route=(), regions=("cn", "hk"))
+    ledger.commit([Store(record=held)])
+    assert numbers(ledger.held(limit=5)) == [1]
+    released = replace(held, state=State.PENDING, route=("hk",), regions=("hk",), envelope=b"new", sequence=9)
+    ledger.commit([Released(record=released, time_ns=NOW)])
+    assert ledger.held(limit=5) == []
+    assert [item.record for item in ledger.pending("hk", limit=5)] == [released]
+    assert ledger.counts().breakdown["pending"]["region"] == {"hk": 1}
+    assert ledger.counts().conserved
+    assert ledger.sequences() == {"cn,hk": 1, "hk": 9}
+
+
+def test_regions_are_never_widened_and_the_capture_never_changes(ledger):
+    original = record(1, route=(), regions=("cn", "hk"))
+    ledger.commit([Store(record=original)])
+    for changed in (
+        replace(original, regions=("cn", "hk", "mo")),
+        replace(original, regions=("mo",)),
+        replace(original, capture=replace(original.capture, time_ns=0)),
+    ):
+        with pytest.raises(LedgerError, match="id-1"):
+            ledger.commit([Redecided(record=changed, reason="policy", time_ns=NOW)])
+    assert ledger.find("id-1") == original
+
+
+def test_changed_record_with_a_large_envelope_leaves_no_old_file(path):
+    ledger = opened(path, inline_bytes=100)
+    held = record(1, size=500, route=())
+    ledger.commit([Store(record=held)])
+    pending = replace(held, state=State.PENDING, route=("cn",), envelope=b"n" * 700)
+    ledger.commit([Released(record=pending, time_ns=NOW)])
+    assert [file.stat().st_size for file in path.with_name("ledger.db.files").iterdir()] == [700]
+    assert ledger.find("id-1") == pending
+    ledger.close()
+
+
+def test_redelivered_publish_is_recognised_after_a_crash_and_forgotten_with_its_session(path):
+    ledger = opened(path)
+    ledger.commit([store(1, mid=5), refused(intake=IntakeKey(session="pictures", mid=5, digest=b"other"))])
+    del ledger._lock  # the descriptor goes with the process
+    crashed = Ledger.read_counts(path)
+    assert crashed.received == 2
+    ledger._connection.close()
+    ledger = reopened_after_crash(path)
+    assert ledger.recorded(IntakeKey(session="telemetry", mid=5, digest=b"digest-1"))
+    assert not ledger.recorded(IntakeKey(session="telemetry", mid=5, digest=b"another message, same packet id"))
+    assert ledger.recent_intake("pictures") == {5: b"other"}
+    ledger.commit([SessionReset(session="pictures")])
+    assert ledger.recent_intake("pictures") == {}
+    ledger.close()
+    ledger = opened(path)
+    assert ledger.recent_intake("pictures") == {}
+    assert ledger.recent_intake("telemetry") == {5: b"digest-1"}
+    ledger.close()
+
+
+def reopened_after_crash(path):
+    path.with_name("ledger.db.lock").unlink()
+    return opened(path)
+
+
+def test_only_the_last_packet_identifiers_of_a_session_are_kept(path):
+    ledger = opened(path, intake_window=4)
+    for n in range(10):
+        ledger.commit([store(n, mid=n % 6 + 1)])
+    expected = {n % 6 + 1: f"digest-{n}".encode() for n in range(6, 10)}
+    assert ledger.recent_intake("telemetry") == expected
+    ledger.close()
+    ledger = opened(path, intake_window=4)
+    assert ledger.recent_intake("telemetry") == expected
+    ledger.close()
+
+
+def test_numbering_goes_on_after_reopening(path):
+    ledger = opened(path)
+    ledger.commit([store(3), store(8), store(2, regions=("hk",))])
+    key = ledger.last_key
+    ledger.commit([delivered(3), delivered(8), delivered(2)])
+    ledger.close()
+    ledger = opened(path)
+    assert ledger.sequences() == {"cn": 8, "hk": 2}
+    ledger.commit([store(9)])
+    assert ledger.pending("cn", limit=1)[0].key > key
+    ledger.close()
+
+
+def test_notes_are_kept(path):
+    ledger = opened(path)
+    ledger.commit(
+        [Noted(name="policy", value="2026-1", time_ns=NOW), Noted(name="policy", value="2026-2", time_ns=NOW)]
+    )
+    ledger.close()
+    ledger = opened(path)
+    assert ledger.meta("policy") == "2026-2"
+    assert ledger.meta("other") is None
+    ledger.close()
+
+
+def test_lane_above_its_limit_loses_least_urgent_then_oldest_and_other_lanes_lose_nothing(path):
+    ledger = opened(path, lane_bytes=5 * (100 + 512))
+    ledger.commit([store(100 + n, regions=("hk",), route=("hk",)) for n in range(5)])
+    ledger.commit([store(1, priority=Priority.BULK), store(2), store(3, priority=Priority.URGENT)])
+    ledger.commit([store(4), store(5, priority=Priority.BULK), store(6), store(7)])
+    assert numbers(ledger.pending("cn", limit=10)) == [3, 2, 4, 6, 7]
+    ledger.commit([store(8), store(9, priority=Priority.BULK)])
+    assert numbers(ledger.pending("cn", limit=10)) == [3, 4, 6, 7, 8]
+    assert len(ledger.pending("hk", limit=10)) == 5
+    counts = ledger.counts()
+    assert counts.breakdown["evicted"]["reason"] == {"ledger.limit": 4}
+    assert counts.conserved
+    ledger.close()
+
+
+def test_whole_spool_keeps_its_limit_in_every_committed_state(path):
+    ledger = opened(path, total_bytes=10_000, inline_bytes=600)
+    for n in range(60):
+        ledger.commit([store(n, size=100 + 37 * n % 900, regions=(("cn",), ("hk",), ("mo",))[n % 3])])
+        counts = ledger.counts()
+        assert counts.pending_bytes + counts.held_bytes <= 10_000
+        assert counts.conserved
+    assert ledger.counts().evicted > 30
+    ledger.close()
+
+
+def test_record_that_can_never_fit_evicts_itself_only(path):
+    ledger = opened(path, lane_bytes=10_000)
+    ledger.commit([store(1, priority=Priority.BULK), store(2, size=20_000, priority=Priority.URGENT)])
+    assert numbers(ledger.pending("cn", limit=10)) == [1]
+    assert ledger.counts().breakdown["evicted"]["reason"] == {"ledger.too-large": 1}
+    ledger.close()
+
+
+def test_records_expire_at_their_time_and_not_while_the_clock_is_not_trusted(ledger):
+    ledger.commit([store(1, ttl=10), store(2, ttl=20), store(3, ttl=10, route=())])
+    assert ledger.sweep(None).expired == 0
+    assert ledger.sweep(NOW + 9 * SECOND).expired == 0
+    assert ledger.sweep(NOW + 15 * SECOND).expired == 2
+    assert numbers(ledger.pending("cn", limit=10)) == [2]
+    assert ledger.counts().breakdown["expired"]["reason"] == {"ledger.ttl": 2}
+    assert ledger.counts().conserved
+
+
+def test_sweep_gives_disk_space_back(path):
+    ledger = opened(path)
+    ledger.commit([store(n, size=20_000) for n in range(400)])
+    ledger.sweep(NOW)
+    before = path.stat().st_size
+    ledger.commit([delivered(n) for n in range(400)])
+    for _ in range(4):
+        ledger.sweep(NOW)
+    assert before > 8_000_000
+    assert path.stat().st_size < 1_500_000
+    ledger.close()
+
+
+def test_files_left_by_a_crash_are_removed(path):
+    ledger = opened(path, inline_bytes=100)
+    ledger.commit([store(1, size=500)])
+    stray = path.with_name("ledger.db.files") / f"{999:016x}"
+    stray.write_bytes(b"left over")
+    for _ in range(2):
+        ledger.sweep(NOW)
+    assert not stray.exists()
+    assert ledger.find("id-1") == record(1, size=500)
+    ledger.close()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_record_whose_file_is_lost_is_evicted_and_counted_and_blocks_nobody(path, damage):
+    ledger = opened(path, inline_bytes=100)
+    ledger.commit([store(1, size=500), store(2, size=500)])
+    file = min(path.with_name("ledger.db.files").iterdir())
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"x" * (499 if damage == "cut" else 500))
+    assert numbers(ledger.pending("cn", limit=1)) == [2]
+    assert ledger.counts().breakdown["evicted"]["reason"] == {"ledger.damaged": 1}
+    assert ledger.counts().conserved
+    ledger.close()
+
+
+def test_second_process_is_refused(path):
+    ledger = opened(path)
+    with pytest.raises(LedgerError, match="another process"):
+        opened(path)
+    ledger.close()
+
+
+def test_ledger_works_on_another_thread_than_it_was_opened_on(ledger):
+    thread = threading.Thread(target=ledger.commit, args=([store(1)],))
+    thread.start()
+    thread.join()
+    assert ledger.counts().pending == 1
+
+
+def test_envelope_never_reaches_the_audit_rows(path):
+    ledger = opened(path)
+    redaction = Redaction(counts={"person": 2}, pictures=1, model_digest=MODEL)
+    ledger.commit([Store(record=replace(record(1), envelope=b"SECRET" * 10), redaction=redaction)])
+    ledger.close()
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT data FROM audit").fetchall()
+    connection.close()
+    assert all(b"SECRET" not in data for (data,) in rows)
