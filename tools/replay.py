@@ -72,12 +72,10 @@ class Player:
         """End the replay after the message that is being sent."""
         self._stop.set()
 
-    def play(
-        self, schedule: Iterable[Due], *, on_sent: Callable[[Recorded, float], None], paced: bool = True
-    ) -> Outcome:
+    def play(self, schedule: Iterable[Due], *, on_sent: Callable[[Recorded, Due], None], paced: bool = True) -> Outcome:
         """Send everything and wait for the acknowledgements; raises ReplayError where they stay away.
 
-        `on_sent` gets each message as it was sent and its place in seconds after the start.
+        `on_sent` gets each message as it was sent, and what was due.
         """
         start, start_ns = time.monotonic(), time.time_ns()
         late: list[float] = []
@@ -90,7 +88,7 @@ class Player:
             message = self._stamped(one, start_ns)
             self._publish(message)
             size += len(message.payload)
-            on_sent(message, one.at_s)
+            on_sent(message, one)
         self._drain()
         return self._outcome(late if paced else [0.0], len(late), size, time.monotonic() - start)
 
@@ -184,7 +182,7 @@ def replay(path: Path, address: Address, options: Options, arguments: argparse.N
         with _interruptible(player):
             return player.play(
                 due(lambda: messages(path), options),
-                on_sent=lambda _message, at_s: advance(next(count), f"{at_s:.0f} s"),
+                on_sent=lambda _message, one: advance(next(count), f"{one.at_s:.0f} s"),
                 paced=options.speed is not None,
             )
 

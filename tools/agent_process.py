@@ -1,0 +1,112 @@
+"""The agent as a process of its own: started, asked for its status, killed, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from agent.errors import AgentError
+
+READY_SECONDS = 30.0
+STOP_SECONDS = 15.0
+POLL_SECONDS = 0.3
+OK_STATUSES = (0, 1)  # 1: the counters are not conserved, which the status itself says as well
+
+
+class AgentProcessError(AgentError):
+    """The agent did not start, or ended by itself; the message holds the end of its log."""
+
+
+class AgentProcess:
+    """One configured agent; over restarts the configuration, its state and the log stay the same."""
+
+    def __init__(self, configuration: Path, log_path: Path) -> None:
+        self.configuration = configuration
+        self.log_path = log_path
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start and return once every intake session is connected; raises AgentProcessError."""
+        parent = shutil.which("setpriv")
+        prefix = [parent, "--pdeathsig", "KILL"] if parent else []
+        command = [*prefix, sys.executable, "-m", "agent", "run", str(self.configuration)]
+        with self.log_path.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        await self.until(_connected, READY_SECONDS)
+
+    async def stop(self) -> None:
+        """SIGTERM, which drains; SIGKILL where it does not end in time."""
+        await self._end(signal.SIGTERM)
+
+    async def kill(self) -> None:
+        """SIGKILL."""
+        await self._end(signal.SIGKILL)
+
+    async def status(self) -> dict[str, Any]:
+        """What `residency-agent status --json` prints; empty before the agent has written anything."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "agent", "status", "--json", str(self.configuration)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        output, _ = await process.communicate()
+        found: dict[str, Any] = json.loads(output) if process.returncode in OK_STATUSES and output else {}
+        return found
+
+    async def until(self, condition: Callable[[dict[str, Any], int], bool], seconds: float) -> dict[str, Any]:
+        """Ask until the condition holds of the status and the process id; raises AgentProcessError after `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    found = await self.status()
+                    if self._process is None or self._process.returncode is not None:
+                        raise AgentProcessError(self._story("ended by itself"))
+                    if found and condition(found, self._process.pid):
+                        return found
+                    await asyncio.sleep(POLL_SECONDS)
+        except TimeoutError as exc:
+            raise AgentProcessError(self._story(f"is not where it should be after {seconds:g} s")) from exc
+
+    async def _end(self, number: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.returncode is None:
+            process.send_signal(number)
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    def _story(self, what: str) -> str:
+        tail = self.log_path.read_text(errors="replace")[-2000:] if self.log_path.exists() else ""
+        return f"the agent {what}; the end of {self.log_path}:\n{tail.strip()}"
+
+
+@asynccontextmanager
+async def agent(configuration: Path, log_path: Path) -> AsyncIterator[AgentProcess]:
+    """A running, connected agent; it is ended at the end."""
+    process = AgentProcess(configuration, log_path)
+    try:
+        await process.start()
+        yield process
+    finally:
+        await process.stop()
+
+
+def _connected(found: dict[str, Any], pid: int) -> bool:
+    """Whether this very process, not one before it, has every intake session."""
+    sessions = found.get("sessions", {}).values()
+    return found.get("pid") == pid and bool(sessions) and all(session["connected"] for session in sessions)
