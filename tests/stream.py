@@ -1,0 +1,111 @@
+"""A regional broker's stream for the tests: signed records, published as an endpoint gets them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+
+import paho.mqtt.client as mqtt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from paho.mqtt.enums import CallbackAPIVersion
+
+from agent import envelope
+from agent.addressing import DEFAULT_TEMPLATE, topic
+from agent.envelope import Attributes, Signer, pack, properties, unpack
+from agent.messages import Basis
+from agent.packets import Outgoing
+from agent.signing import key_id_of
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
+SIGNER = Signer(key=KEY, key_id=key_id_of(KEY.public_key()))
+PUBLIC_PEM = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+STRANGER = Signer(key=Ed25519PrivateKey.from_private_bytes(bytes(32)), key_id=SIGNER.key_id)
+START_NS = 1_790_000_000 * 10**9
+
+TELEMETRY = Attributes(
+    id="t-0",
+    source="urn:vehicle:car-7",
+    type="org.residencyagent.telemetry.v1",
+    subject="vehicle/telemetry/speed",
+    time_ns=START_NS,
+    datacontenttype="application/json",
+    dataregion=("cn",),
+    regionbasis=Basis.GNSS,
+    dataclassification="telemetry",
+    policyversion="1",
+    recordedtime_ns=START_NS + 10**8,
+    sequence=0,
+)
+PICTURE = dataclasses.replace(
+    TELEMETRY,
+    id="p-0",
+    type="org.residencyagent.picture.v1",
+    subject="vehicle/camera/front",
+    datacontenttype="image/jpeg",
+    dataregion=("cn", "hk"),
+    dataclassification="picture",
+    redaction="person=3,plate=1",
+    modeldigest="ab" * 32,
+    traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+)
+
+
+def record(number: int, *, source: str = TELEMETRY.source, regions: tuple[str, ...] = ("cn",), **changes) -> Attributes:
+    """The telemetry record with this number as sequence and in its id."""
+    return dataclasses.replace(
+        TELEMETRY,
+        id=f"{source}-{'-'.join(regions)}-{number}",
+        source=source,
+        dataregion=regions,
+        sequence=number,
+        time_ns=START_NS + number * 10**9,
+        **changes,
+    )
+
+
+def data_of(number: int) -> bytes:
+    return json.dumps({"speed": number, "ts": 1_790_000_000 + number}).encode()
+
+
+def outgoing(attributes: Attributes, data: bytes, *, wire: str = "msgpack", signer: Signer | None = SIGNER) -> Outgoing:
+    """The PUBLISH of a record, as the agent's uplink makes it."""
+    packed = pack(attributes, data, signer)
+    return outgoing_packed(packed, wire=wire)
+
+
+def outgoing_packed(packed: bytes, *, wire: str = "msgpack", vehicle: str = "car-7") -> Outgoing:
+    opened = unpack(packed)
+    binary = wire == "binary"
+    return Outgoing(
+        topic=topic(DEFAULT_TEMPLATE, opened.attributes, vehicle),
+        payload=opened.data if binary else packed,
+        content_type=opened.attributes.datacontenttype if binary else envelope.CONTENT_TYPE,
+        properties=properties(opened.attributes, opened.signature if binary else None),
+    )
+
+
+def publish(port: int, messages: Iterable[Outgoing], *, protocol: int = mqtt.MQTTv5, client_id: str = "") -> None:
+    """Publish at QoS 1 and return once every PUBACK is there."""
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol)
+    client.max_queued_messages_set(0)
+    client.connect("127.0.0.1", port)
+    client.loop_start()
+    try:
+        sent = [
+            client.publish(
+                one.topic,
+                one.payload,
+                qos=1,
+                retain=one.retain,
+                properties=one.packed() if protocol == mqtt.MQTTv5 else None,
+            )
+            for one in messages
+        ]
+        for info in sent:
+            info.wait_for_publish(timeout=30)
+            assert info.is_published()
+    finally:
+        client.disconnect()
+        client.loop_stop()

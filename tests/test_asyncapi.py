@@ -1,0 +1,117 @@
+"""The AsyncAPI document is valid, names what the code writes, and describes real traffic."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+
+import nodejs
+import pytest
+import stream
+from consumers import judged_by_the_official_parser, read_by_node
+
+from agent import asyncapi, presence
+from agent.addressing import check_template
+from agent.attributes import NAMES, texts
+from agent.envelope import CONTENT_TYPE, PAYLOAD_TYPE
+from tools.brokers import mosquitto, mosquitto_path
+
+SESSION = presence.Session(id="s", source="urn:vehicle:car-7", vehicle="car-7")
+
+
+@pytest.fixture
+def node():
+    if reason := nodejs.missing():
+        pytest.skip(reason)
+
+
+needs_node = pytest.mark.usefixtures("node")
+
+
+@pytest.fixture
+def document(tmp_path):
+    path = tmp_path / "asyncapi.json"
+    path.write_text(asyncapi.text(), encoding="utf-8")
+    return path
+
+
+def test_the_schema_names_exactly_the_attributes_that_the_code_writes():
+    schema = asyncapi.schemas()["attributes"]
+    assert schema["properties"].keys() == NAMES
+    full = dataclasses.replace(stream.PICTURE, dataschema="https://example.org/s")
+    assert texts(full).keys() == NAMES
+    required = {name for name in texts(stream.TELEMETRY) if name != "datacontenttype"}
+    assert set(schema["required"]) == required
+
+
+def test_the_document_names_the_types_that_the_code_writes():
+    made = asyncapi.document(asyncapi.schemas())
+    assert made["components"]["messages"]["envelope"]["contentType"] == CONTENT_TYPE
+    assert made["components"]["schemas"]["envelope"]["properties"]["payloadType"] == {"const": PAYLOAD_TYPE}
+    assert made["components"]["schemas"]["presence"]["properties"]["type"]["enum"] == list(presence.TYPES.values())
+
+
+def test_the_document_follows_the_topic_template_of_the_fleet():
+    template = "v1/{class}/{vehicle}"
+    assert check_template(template) is None
+    channel = asyncapi.document(asyncapi.schemas(), template)["channels"]["records"]
+    assert channel["address"] == template
+    assert channel["parameters"].keys() == {"class", "vehicle"}
+
+
+@needs_node
+async def test_the_official_parser_would_find_a_fault(tmp_path):
+    made = asyncapi.document(asyncapi.schemas())
+    made["operations"]["records"]["channel"] = {"$ref": "#/channels/nowhere"}
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(made), encoding="utf-8")
+    verdict = await judged_by_the_official_parser(path, [])
+    assert any(one["severity"] == 0 for one in verdict["diagnostics"])
+
+
+def _line(topic, content_type, pairs, payload):
+    encoded = base64.b64encode(payload).decode()
+    return {"topic": topic, "contentType": content_type, "userProperties": dict(pairs), "payload": encoded}
+
+
+def _undescribed():
+    """Messages that the document must not accept."""
+    sent = stream.outgoing(stream.TELEMETRY, b"{}", wire="binary")
+    short = [pair for pair in sent.properties if pair[0] != "dataregion"]
+    wrong = [(name, "41" if name == "sequence" else text) for name, text in sent.properties]
+    return [
+        _line(sent.topic, sent.content_type, short, sent.payload),
+        _line(sent.topic, sent.content_type, wrong, sent.payload),
+        _line(sent.topic, CONTENT_TYPE, sent.properties, b"\x80"),
+        _line("alone", sent.content_type, sent.properties, sent.payload),
+    ]
+
+
+@needs_node
+@pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
+async def test_the_official_parser_accepts_the_document_and_the_document_exactly_the_real_traffic(document, tmp_path):
+    own = [
+        presence.birth(SESSION, 0, version="0", policy_version="0", keyid=None),
+        presence.death(SESSION, 0, "stopped"),
+        presence.status(SESSION, 0, 1, {"received": 1}),
+    ]
+    lines = [_line(one.topic, one.content_type, [], one.payload) for one in own]
+    public_key = tmp_path / "car.pub.pem"
+    public_key.write_bytes(stream.PUBLIC_PEM)
+    records = [
+        stream.outgoing(attributes, b"{}", wire=wire, signer=signer)
+        for wire in ("msgpack", "binary")
+        for attributes, signer in ((stream.TELEMETRY, stream.SIGNER), (stream.PICTURE, None))
+    ]
+    async with mosquitto() as broker:
+        lines += await read_by_node(broker.port, public_key, records)
+    verdict = await judged_by_the_official_parser(document, lines + _undescribed())
+    assert [one for one in verdict["diagnostics"] if one["severity"] < 2] == []
+    assert verdict["messages"][:7] == [
+        *[["presence", "presence", []]] * 2,
+        ["status", "presence", []],
+        *[["records", "envelope", []]] * 2,
+        *[["records", "binary", []]] * 2,
+    ]
+    assert all(errors for _channel, _message, errors in verdict["messages"][7:])

@@ -1,0 +1,160 @@
+"""Clients that nobody here wrote read live traffic: Node, plain paho with msgpack, mosquitto_sub."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import msgpack
+import nodejs
+import pytest
+import stream
+from consumers import SECONDS, consumer, read_by_node
+
+from agent.attributes import texts
+from agent.envelope import CONTENT_TYPE, unpack, verify
+from tools.brokers import mosquitto, mosquitto_path
+
+pytestmark = pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
+JPEG = b"\xff\xd8\xff\xe0" + bytes(range(256)) * 40 + b"\xff\xd9"
+TELEMETRY = (stream.TELEMETRY, stream.data_of(0))
+PICTURE = (stream.PICTURE, JPEG)
+README = Path(__file__).parent / "clients" / "backend.md"
+SUBSCRIPTIONS = ("log_type error", "log_type warning", "log_type notice", "log_type subscribe")
+
+
+@pytest.fixture
+def node():
+    if reason := nodejs.missing():
+        pytest.skip(reason)
+
+
+needs_node = pytest.mark.usefixtures("node")
+
+
+@pytest.fixture
+def public_key(tmp_path):
+    path = tmp_path / "car.pub.pem"
+    path.write_bytes(stream.PUBLIC_PEM)
+    return path
+
+
+def snippet(name):
+    """The code block of the backends' guide that follows this marker."""
+    text = README.read_text(encoding="utf-8")
+    return re.search(rf"<!-- snippet: {re.escape(name)} -->\n```\w+\n(.*?)```", text, re.DOTALL)[1]
+
+
+async def subscribed(broker, topic_filter):
+    """Return once the broker's log says that somebody subscribed to the filter."""
+    async with consumer("tail", "-n", "+1", "-F", broker.log_path) as tail:
+        async for line in tail.stdout:
+            if topic_filter in line.decode(errors="replace"):
+                return
+
+
+@needs_node
+@pytest.mark.parametrize("wire", ["msgpack", "binary"])
+async def test_node_reads_attributes_and_data_and_verifies_the_signature(public_key, wire):
+    async with mosquitto() as broker:
+        messages = [stream.outgoing(*record, wire=wire) for record in (TELEMETRY, PICTURE)]
+        seen = await read_by_node(broker.port, public_key, messages)
+    for found, (attributes, data), sent in zip(seen, (TELEMETRY, PICTURE), messages, strict=True):
+        assert found["attributes"] == texts(attributes)
+        assert found["digest"] == hashlib.sha256(data).hexdigest()
+        assert found["topic"] == sent.topic
+        assert found["good"] is True
+        assert found["userProperties"] == dict(sent.properties)
+
+
+@needs_node
+async def test_the_cloudevents_sdk_reads_binary_mode_as_an_event(public_key):
+    async with mosquitto() as broker:
+        [found] = await read_by_node(broker.port, public_key, [stream.outgoing(*PICTURE, wire="binary")])
+    wanted = texts(stream.PICTURE)
+    assert found["sdk"] == {name: wanted[name] for name in ("id", "source", "type", "subject", "dataregion")}
+
+
+@needs_node
+async def test_node_finds_forged_unsigned_and_altered_records(public_key):
+    good = stream.outgoing(*PICTURE, wire="binary")
+    altered = dataclasses.replace(good, payload=good.payload[:-1] + b"\0")
+    moved = [(name, "us" if name == "dataregion" else text) for name, text in good.properties]
+    messages = [
+        stream.outgoing(*TELEMETRY, signer=stream.STRANGER),
+        stream.outgoing(*TELEMETRY, signer=None),
+        stream.outgoing(*TELEMETRY, wire="binary", signer=stream.STRANGER),
+        stream.outgoing(*TELEMETRY, wire="binary", signer=None),
+        altered,
+        dataclasses.replace(good, properties=moved),
+    ]
+    async with mosquitto() as broker:
+        seen = await read_by_node(broker.port, public_key, messages)
+    assert [found["good"] for found in seen] == [False] * len(messages)
+
+
+async def _run_snippet(command, public_key):
+    """Whether a snippet prints two good records, and that it ends at a forged third."""
+    records = [stream.record(number) for number in range(2)]
+    forged = stream.outgoing(*TELEMETRY, signer=stream.STRANGER)
+    async with mosquitto(config_lines=SUBSCRIPTIONS) as broker, asyncio.timeout(SECONDS):
+        arguments = (broker.host, broker.port, stream.SIGNER.key_id, public_key)
+        async with consumer(*command, *arguments) as process:
+            await subscribed(broker, "$share/archive/cn/#")
+            for one in records:
+                await asyncio.to_thread(stream.publish, broker.port, [stream.outgoing(one, b"{}")])
+                assert one.id.encode() in await process.stdout.readuntil(one.id.encode())
+            await asyncio.to_thread(stream.publish, broker.port, [forged])
+            assert await process.wait() != 0
+            assert stream.TELEMETRY.id.encode() not in await process.stdout.read()
+
+
+async def test_the_readmes_python_consumer_prints_good_records_and_stops_at_a_forged_one(public_key, tmp_path):
+    script = tmp_path / "consumer.py"
+    script.write_text(snippet("consumer.py"), encoding="utf-8")
+    await _run_snippet([sys.executable, "-I", script], public_key)
+
+
+@needs_node
+async def test_the_readmes_node_consumer_prints_good_records_and_stops_at_a_forged_one(public_key):
+    script = nodejs.folder() / "consumer.mjs"  # beside its node_modules
+    script.write_text(snippet("consumer.mjs"), encoding="utf-8")
+    await _run_snippet(["node", script], public_key)
+
+
+@pytest.mark.parametrize("name", ["consumer.py", "consumer.mjs"])
+def test_a_consumer_takes_no_more_than_fifteen_lines(name):
+    assert len([line for line in snippet(name).splitlines() if line.strip()]) <= 15
+
+
+@pytest.mark.skipif(shutil.which("mosquitto_sub") is None, reason="mosquitto_sub is not installed")
+async def test_mosquitto_sub_shows_the_attributes_and_the_whole_envelope():
+    sent = stream.outgoing(*PICTURE)
+    async with mosquitto(config_lines=SUBSCRIPTIONS) as broker, asyncio.timeout(SECONDS):
+        command = "mosquitto_sub", "-V", "5", "-p", broker.port, "-q", "1", "-C", "1", "-t", "+/+/#"
+        async with consumer(*command, "-F", "%t\n%C\n%P\n%x") as process:
+            await subscribed(broker, "+/+/#")
+            await asyncio.to_thread(stream.publish, broker.port, [sent])
+            out, _ = await process.communicate()
+    topic, content_type, pairs, payload = out.decode().splitlines()
+    assert topic == "cn,hk/car-7/vehicle/camera/front"
+    assert content_type == CONTENT_TYPE
+    assert "dataregion:cn,hk" in pairs
+    assert "redaction:person=3,plate=1" in pairs
+    verify(unpack(bytes.fromhex(payload)), {stream.SIGNER.key_id: stream.KEY.public_key()})
+
+
+async def test_a_3_1_1_subscriber_reads_the_same_envelope():
+    sent = stream.outgoing(*TELEMETRY)
+    async with mosquitto(config_lines=SUBSCRIPTIONS) as broker, asyncio.timeout(SECONDS):
+        command = "mosquitto_sub", "-V", "311", "-p", broker.port, "-q", "1", "-C", "1", "-t", "cn/#", "-F", "%x"
+        async with consumer(*command) as process:
+            await subscribed(broker, "cn/#")
+            await asyncio.to_thread(stream.publish, broker.port, [sent])
+            out, _ = await process.communicate()
+    assert msgpack.unpackb(msgpack.unpackb(bytes.fromhex(out.decode().strip()))["payload"])["sequence"] == "0" * 19
