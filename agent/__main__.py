@@ -133,7 +133,7 @@ def _reference(_: argparse.Namespace) -> int:
 
 
 def _asyncapi(_: argparse.Namespace) -> int:
-    print(asyncapi.document())
+    print(asyncapi.text())
     return 0
 
 

@@ -24,8 +24,10 @@ def check(setup: Setup) -> str:
     """What would be published where: a line per region and class, a line per rule, and warnings."""
     classes = list(setup.policy.config.classes)
     rows = [["region", *classes]]
-    for region in setup.policy.everywhere:
-        rows.append([region, *(" ".join(setup.policy.permitted((region,), name)) or "-" for name in classes)])
+    rows += [
+        [region, *(" ".join(setup.policy.permitted((region,), name)) or "-" for name in classes)]
+        for region in setup.policy.everywhere
+    ]
     rules = [["topic", "action", "class"]]
     rules += [[rule.topic, rule.action, rule.data_class or "-"] for rule in setup.policy.config.rules]
     rules.append(["(any other)", "refuse", "-"])

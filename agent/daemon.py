@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 1.0
 SWEEP_SECONDS = 5.0
-DRAIN_POLL_SECONDS = 0.05
 CLOCK_IS_SET_NS = 1_750_000_000 * 10**9  # 2025-06-15: an earlier clock has not been set since the boot
 SECOND_SIGNAL_STATUS = 130
 
@@ -53,7 +52,7 @@ class Parts:
 
 async def run(setup: Setup) -> int:
     """Run until a signal; the exit status. Raises AgentError where the agent cannot start."""
-    Path(setup.config.paths.state).mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(Path(setup.config.paths.state).mkdir, parents=True, exist_ok=True)
     stop = _stop_on_signals()
     async with contextlib.AsyncExitStack() as stack:
         parts = await _assemble(setup, stack)
@@ -151,8 +150,7 @@ async def _run_until(stop: asyncio.Event, parts: Parts) -> None:
 async def _drain(parts: Parts) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(parts.setup.config.limits.drain_s):
-            while any(uplink.in_flight for uplink in parts.uplinks.values()):
-                await asyncio.sleep(DRAIN_POLL_SECONDS)
+            await asyncio.gather(*(uplink.drain() for uplink in parts.uplinks.values()))
 
 
 async def _sweep_loop(parts: Parts) -> None:
@@ -178,7 +176,7 @@ async def _write_status(parts: Parts) -> None:
         "boot_id": wiring.identity(parts.setup).boot_id,
         "time_ns": time.time_ns(),
         "policy": parts.setup.policy.version,
-        "model": {"ready": parts.worker.ready, "digest": parts.worker.digest, "error": parts.worker.error},
+        "model": _model(parts.worker),
         "fixes": {"accepted": parts.fixes.accepted, "malformed": parts.fixes.malformed},
         "sessions": {
             name: {"connected": intake.connected, "alive_ns": intake.alive_ns} for name, intake in parts.intakes.items()
@@ -191,3 +189,12 @@ async def _write_status(parts: Parts) -> None:
         "stalled": parts.committer.stalled,
     }
     await asyncio.to_thread(status.write, parts.setup.status_path, content)
+
+
+def _model(worker: RedactionWorker) -> dict[str, Any]:
+    return {
+        "ready": worker.ready,
+        "digest": worker.digest,
+        "error": worker.error,
+        "restarts": max(worker.restarts, 0),
+    }

@@ -11,8 +11,8 @@ from typing import Protocol
 from agent.entries import IntakeKey, Refused, Store
 from agent.errors import RefusedError
 from agent.messages import Hold, Message, Redaction
-from agent.positions import WallClock
 from agent.pipeline import Pipeline, Plan, Stamp
+from agent.positions import WallClock
 
 log = logging.getLogger(__name__)
 
@@ -20,17 +20,25 @@ log = logging.getLogger(__name__)
 class Redacted(Protocol):
     """A payload that may leave."""
 
-    payload: bytes
-    counts: Mapping[str, int]
-    pictures: int
+    @property
+    def payload(self) -> bytes:
+        """The payload."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Masked boxes per label."""
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures there were."""
+
+    @property
+    def model_digest(self) -> str:
+        """SHA-256 of the model, hex."""
 
 
 class Redactor(Protocol):
     """The redaction process."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the model, hex."""
 
     async def redact(self, payload: bytes, content_type: str | None = None) -> Redacted:
         """The payload with every picture redacted; raises RefusedError."""
@@ -72,7 +80,7 @@ class Line:
 
     async def _redact(self, plan: Plan) -> tuple[bytes, Redaction]:
         clean = await self._redactor.redact(plan.message.payload, plan.message.content_type)
-        redaction = Redaction(counts=clean.counts, pictures=clean.pictures, model_digest=self._redactor.digest)
+        redaction = Redaction(counts=clean.counts, pictures=clean.pictures, model_digest=clean.model_digest)
         return clean.payload, redaction
 
     def _store(self, plan: Plan, payload: bytes, redaction: Redaction | None, key: IntakeKey | None) -> Store:

@@ -15,7 +15,7 @@ from agent.capture import stated_ns
 from agent.config import Rule
 from agent.envelope import pack, repack
 from agent.errors import EnvelopeError, RefusedError
-from agent.inspection import Inspection, InspectionLimits, Kind, inspect
+from agent.inspection import Contents, InspectionLimits, inspect
 from agent.messages import (
     Basis,
     Capture,
@@ -38,6 +38,9 @@ from agent.signing import Signer
 EVENT_TYPE = "residency-agent.record.v1"
 SECOND = 10**9
 PRIORITIES: Mapping[str, Priority] = {"urgent": Priority.URGENT, "live": Priority.LIVE, "bulk": Priority.BULK}
+
+
+PICTURE_TYPES = {b"\xff\xd8": "image/jpeg", b"\x89P": "image/png", b"RI": "image/webp"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,22 +104,21 @@ class Pipeline:
         decision = self._decide(rule.data_class, whereabouts)
         if isinstance(decision, Refuse):
             raise RefusedError(decision.reason)
-        redact = found.kind in {Kind.PICTURE, Kind.CONTAINER}
         return Plan(
             message=message,
             rule=rule,
             capture=capture,
             whereabouts=whereabouts,
             decision=decision,
-            media_type=message.content_type or found.media_type,
-            redact=redact,
+            media_type=message.content_type or media_type(message.payload, found),
+            redact=found.pictures,
         )
 
-    def _inspect(self, rule: Rule, message: Message) -> Inspection:
+    def _inspect(self, rule: Rule, message: Message) -> Contents:
         found = inspect(message.payload, self.limits, message.content_type)
-        if found.kind is Kind.OPAQUE and rule.opaque != "forward":
+        if found.opaque and rule.opaque != "forward":
             raise RefusedError("payload.opaque")
-        if rule.action == "redact" and found.kind not in {Kind.PICTURE, Kind.CONTAINER}:
+        if rule.action == "redact" and not found.pictures:
             raise RefusedError("payload.no-picture")
         return found
 
@@ -217,3 +219,10 @@ class Pipeline:
                 sequence=sequence,
             ),
         )
+
+
+def media_type(payload: bytes, contents: Contents) -> str:
+    """The content type of a payload whose sender stated none, as far as its first bytes tell."""
+    if contents.whole:
+        return PICTURE_TYPES.get(payload[:2], "application/octet-stream")
+    return "application/json" if payload.lstrip()[:1] in {b"{", b"["} else "application/octet-stream"

@@ -91,11 +91,19 @@ class Uplink:
         self._settling: set[asyncio.Task[None]] = set()
         self._wake = board.stored.setdefault(options.name, asyncio.Event())
         self._progress = time.monotonic()
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def in_flight(self) -> int:
         """Publishes without PUBACK."""
         return len(self._in_flight)
+
+    async def drain(self) -> None:
+        """Publish nothing more, and return when nothing is in flight. Cancelling is safe."""
+        self._draining = True
+        await self._idle.wait()
 
     async def run_loop(self) -> None:
         """Connect, publish, connect again; returns only by cancelling, after which nothing is in flight."""
@@ -146,13 +154,14 @@ class Uplink:
         for record in self._in_flight.values():
             self._board.claimed.discard(record.id)
         self._in_flight.clear()
+        self._idle.set()
 
     async def _pump_loop(self, connection: Connection) -> None:
         window = min(self._options.in_flight, connection.receive_maximum)
         newest = self._committer.ledger.last_key
         while not connection.closed.done():
             self._wake.clear()
-            room = window - len(self._in_flight)
+            room = 0 if self._draining else window - len(self._in_flight)
             rows = await self._next(room, newest) if room else []
             for row in rows:
                 await self._send(connection, row.record)
@@ -196,6 +205,7 @@ class Uplink:
         self._board.claimed.add(record.id)
         future = connection.publish(outgoing)
         self._in_flight[future] = record
+        self._idle.clear()
         future.add_done_callback(self._on_puback)
 
     def _outgoing(self, record: Record) -> Outgoing:
@@ -211,6 +221,8 @@ class Uplink:
 
     def _on_puback(self, future: asyncio.Future[Puback]) -> None:
         record = self._in_flight.pop(future, None)
+        if not self._in_flight:
+            self._idle.set()
         if record is None or future.cancelled() or future.exception() is not None:
             return
         self._progress = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from agent.assembly import Setup
-from agent.config import Credential
+from agent.config import Credential, PositionSource
 from agent.egress import PeerRules
 from agent.entries import LedgerLimits
 from agent.errors import ConfigError, EnvelopeError, InvalidConfigError
@@ -13,7 +13,7 @@ from agent.gnss import FixReader, FixSource
 from agent.inspection import InspectionLimits
 from agent.intake import IntakeOptions
 from agent.packets import Session
-from agent.pictures import PictureLimits
+from agent.pictures import People, PictureLimits, RedactionOptions
 from agent.pipeline import Identity
 from agent.positions import PositionLimits
 from agent.signing import Signer
@@ -63,7 +63,7 @@ def worker_options(setup: Setup) -> WorkerOptions:
         threads=model.threads,
         timeout_s=model.timeout_s,
         memory_bytes=model.memory_bytes,
-        people=model.people,
+        redaction=RedactionOptions(people=People(model.people)),
         limits=inspection_limits(setup),
     )
 
@@ -78,7 +78,7 @@ def position_limits(setup: Setup) -> PositionLimits:
 
 def fix_readers(setup: Setup) -> list[tuple[str, FixReader]]:
     """A reader for each [[position]] table, with the filter of its topics."""
-    return [(source.topic, FixReader(FixSource(**_fields(source)))) for source in setup.config.position]
+    return [(source.topic, FixReader(_fix_source(source))) for source in setup.config.position]
 
 
 def signer(setup: Setup) -> Signer | None:
@@ -174,5 +174,13 @@ def _secret(setup: Setup, key: str, file: str) -> str:
         raise InvalidConfigError([ConfigError(setup.file, key, str(exc), "a readable file")]) from exc
 
 
-def _fields(table: object) -> dict[str, object]:
-    return {name: getattr(table, name) for name in getattr(table, "__struct_fields__", ())}
+def _fix_source(source: PositionSource) -> FixSource:
+    return FixSource(
+        format=source.format,
+        latitude=source.latitude,
+        longitude=source.longitude,
+        accuracy=source.accuracy,
+        time=source.time,
+        datum=source.datum,
+        default_accuracy_m=source.default_accuracy_m,
+    )
