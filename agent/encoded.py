@@ -14,12 +14,16 @@ from typing import NamedTuple
 from agent.signatures import MIN_PICTURE_BYTES, search
 
 MIN_RUN = MIN_PICTURE_BYTES * 4 // 3
+MIN_LINE = 16  # characters of base64 in the first of several lines
+_ALPHABET = rb"[A-Za-z0-9+/_-]"
 _RUN = re.compile(
-    rb"(?:[A-Za-z0-9+/_-]{%d,}+|[A-Za-z0-9+/_-]{16,}+(?=\r?\n))" % MIN_RUN
-    + rb"(?:\r?\n[A-Za-z0-9+/_-]{4,}+(?=[=\r\n\"'<]|\Z))*={0,2}"
+    rb"(?<!%(one)s)(?:%(one)s{%(long)d,}+|%(one)s{%(line)d,}+(?=\r?\n))(?:\r?\n%(one)s{4,}+(?=[=\r\n\"'<]|\Z))*={0,2}"
+    % {b"one": _ALPHABET, b"long": MIN_RUN, b"line": MIN_LINE}
 )
+_BREAKS = bytes(c if re.match(_ALPHABET, bytes([c])) else 0x20 for c in range(256))
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NUMBERS = re.compile(rb"\[\s*+\d{1,3}(?:\s*+,\s*+\d{1,3}){%d,}+\s*+\]" % (MIN_PICTURE_BYTES - 1))
+_SPACE = re.compile(rb"\s|\\[nrt]")
 _HEX = re.compile(rb"(?:[0-9A-Fa-f]{2})++\Z")
 _DATA_URL = re.compile(rb"data:(?:image|video)/[^,\"]*+,", re.IGNORECASE)
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -35,26 +39,36 @@ class Part(NamedTuple):
     wrap: Callable[[bytes], bytes]
 
 
-def json_parts(text: bytes) -> Iterator[Part]:
-    """Yield the strings of a JSON text that need unescaping, and its lists of byte values."""
-    for match in _STRING.finditer(text):
+def strings(json_text: bytes) -> Iterator[Part]:
+    """Yield the strings of a JSON text that have to be unescaped before they can be read."""
+    if b"\\" not in json_text and json_text.isascii():
+        return
+    for match in _STRING.finditer(json_text):
         token = match[0]
         if len(token) > MIN_PICTURE_BYTES and (b"\\" in token or not token.isascii()):
-            yield from _string(match.start(), token)
+            yield _string(match.start(), token)
+
+
+def numbers(text: bytes) -> Iterator[Part]:
+    """Yield the lists of byte values: some senders write bytes that way."""
     for match in _NUMBERS.finditer(text):
         values = [int(value) for value in match[0][1:-1].split(b",")]
         if max(values) < 256:
             yield Part(match.start(), match.end(), bytes(values), _as_numbers)
 
 
-def longest_word(text: bytes) -> int:
-    """Return the length of the longest JSON string without white space: what an unknown encoding looks like."""
-    tokens = (match[0] for match in _STRING.finditer(text))
-    return max((len(token) for token in tokens if not re.search(rb"\s|\\[nrt]", token)), default=0)
+def has_long_word(text: bytes, most: int) -> bool:
+    """Whether a JSON string is longer than `most` without white space: what an unknown encoding looks like."""
+    if max(map(len, text.split(b'"'))) <= most:
+        return False
+    return any(len(match[0]) > most and not _SPACE.search(match[0]) for match in _STRING.finditer(text))
 
 
 def runs(text: bytes) -> Iterator[Part]:
     """Yield the runs of base64 or hex in a text that are long enough for a picture."""
+    longest = max(map(len, text.translate(_BREAKS).split()), default=0)
+    if longest < MIN_LINE or (longest < MIN_RUN and b"\n" not in text):
+        return
     for match in _RUN.finditer(text):
         run = match[0]
         decoded = _unbase64(run)
@@ -72,17 +86,16 @@ def is_shifted_picture(part: Part, text: bytes) -> bool:
 
 def has_bare_data_url(text: bytes) -> bool:
     """Whether a picture stands in the text as a data URL that is not base64."""
-    return any(b";base64" not in match[0].lower() for match in _DATA_URL.finditer(text))
+    return b"data:" in text.lower() and any(b";base64" not in match[0].lower() for match in _DATA_URL.finditer(text))
 
 
-def _string(start: int, token: bytes) -> Iterator[Part]:
+def _string(start: int, token: bytes) -> Part:
     value = json.loads(token)
     end = start + len(token)
     latin = value.encode("latin-1", "replace")
     if search(latin) is None:
-        yield Part(start, end, value.encode(), _as_string)
-    else:
-        yield Part(start, end, latin, _as_latin)
+        return Part(start, end, value.encode(), _as_string)
+    return Part(start, end, latin, _as_latin)
 
 
 def _as_string(data: bytes) -> bytes:

@@ -11,7 +11,7 @@ below `opaque_bytes`); a topic whose sender is not trusted belongs under a rule 
 
 from __future__ import annotations
 
-import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,13 +19,13 @@ from functools import partial
 import msgspec
 
 from agent.containers import format_of
-from agent.encoded import Part, has_bare_data_url, is_shifted_picture, json_parts, longest_word, runs
+from agent.encoded import MIN_RUN, Part, has_bare_data_url, has_long_word, is_shifted_picture, numbers, runs, strings
 from agent.errors import RefusedError
 from agent.packed import Leaf, msgpack_leaves, pack, protobuf_leaves, varint
 from agent.pictures import PictureLimits
 from agent.signatures import MIN_PICTURE_BYTES, leading, search
 
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+_CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\v\f\r\x1b"})  # never in a text; ESC colours a terminal's log
 _JSON_STARTS = (b"{", b"[", b'"')
 
 
@@ -115,26 +115,32 @@ def _is_text(data: bytes) -> bool:
             data.decode()
         except UnicodeDecodeError:
             return False
-    return _CONTROL.search(data) is None
+    return len(data.translate(None, _CONTROL)) == len(data)
 
 
 def _text(data: bytes, limits: InspectionLimits, depth: int) -> Contents:
     if has_bare_data_url(data):
         raise RefusedError("picture.hidden", "data URL without base64")
     json = _is_json(data)
-    parts = list(json_parts(data)) if json else []
-    covered = [(part.start, part.end) for part in parts]
-    for run in runs(data):
-        if not any(start <= run.start < end for start, end in covered):
-            parts.append(run)
-            if is_shifted_picture(run, data):
-                raise RefusedError("picture.hidden", "base64 off its beat")
-    found = _gather(parts, limits, depth)
+    unescaped = list(strings(data)) if json else []
+    encoded = list(_outside(runs(data), unescaped))
+    if any(is_shifted_picture(run, data) for run in encoded):
+        raise RefusedError("picture.hidden", "base64 off its beat")
+    found = _gather([*unescaped, *encoded, *_outside(numbers(data), unescaped)], limits, depth)
     if not json and b"\\" in data and _holds_runs(data.replace(b"\\/", b"/")):
         raise RefusedError("picture.hidden", "escaped base64 in a text that is not JSON")
-    if json and len(data) > limits.opaque_bytes and longest_word(data) > limits.opaque_bytes and not found.parts:
+    if json and len(data) > limits.opaque_bytes and has_long_word(data, limits.opaque_bytes) and not found.parts:
         return OPAQUE
     return found
+
+
+def _outside(found: Iterable[Part], parts: list[Part]) -> Iterator[Part]:
+    """Yield what does not start within one of the parts (in order, apart): their content is read by itself."""
+    ends = [part.end for part in parts]
+    for run in found:
+        index = bisect_right(ends, run.start)
+        if index == len(parts) or run.start < parts[index].start:
+            yield run
 
 
 def _leaves(leaves: Iterable[Leaf], limits: InspectionLimits, depth: int) -> Contents:
@@ -144,7 +150,7 @@ def _leaves(leaves: Iterable[Leaf], limits: InspectionLimits, depth: int) -> Con
 def _binary(data: bytes, limits: InspectionLimits, depth: int) -> Contents:
     """Bytes of no known form: opaque, or refused where a picture shows that is not a whole protobuf field."""
     if search(data) is None:
-        if _holds_runs(data) or _holds_runs(data.replace(b"\x00", b"")):
+        if len(data) >= MIN_RUN and (_holds_runs(data) or _holds_runs(data.replace(b"\x00", b""))):
             raise RefusedError("picture.hidden", "base64 in a binary")
         return OPAQUE
     fields = protobuf_leaves(data) or []
