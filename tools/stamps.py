@@ -1,4 +1,4 @@
-"""Rewriting the capture time inside a message, so that an old drive can be replayed as if it happened now.
+"""The capture time that a message states: reading it, and rewriting it so that an old drive seems to happen now.
 
 A JSON payload carries it under one of the given top-level keys, any message under the user property `time`. The unit of
 the original is kept: Unix seconds, milliseconds, microseconds or nanoseconds by magnitude, or RFC 3339 text.
@@ -16,6 +16,7 @@ from tools.schemas import NANOSECONDS, json_object
 TIME_PROPERTY = "time"
 DEFAULT_KEYS = ("ts",)
 # Unix times of the years 2001-2286 in each unit fall below exactly one of these.
+MAX_TIME = 2**63  # what MCAP and most clocks can hold, in nanoseconds
 UNITS = ((1e11, 1), (1e14, 1_000), (1e17, 1_000_000))
 
 
@@ -27,6 +28,15 @@ def restamped(message: Recorded, capture_ns: int, keys: tuple[str, ...] = DEFAUL
         payload=_payload(message.payload, capture_ns, keys),
         properties=_properties(message.properties, capture_ns),
     )
+
+
+def stated_ns(payload: bytes, properties: Properties, keys: tuple[str, ...] = DEFAULT_KEYS) -> int | None:
+    """Read the capture time in Unix nanoseconds; the property comes before the payload, None where neither has one."""
+    named = next((value for name, value in properties.user if name == TIME_PROPERTY), None)
+    if named is not None:
+        return _read(int(named) if named.isdecimal() else named)
+    members = (json_object(payload) or {}) if payload[:1] == b"{" else {}
+    return next((_read(members[key]) for key in keys if key in members), None)
 
 
 def rfc3339(time_ns: int) -> str:
@@ -58,13 +68,29 @@ def _text(original: str, capture_ns: int) -> str:
     return str(_value(int(original), capture_ns)) if original.isdecimal() else rfc3339(capture_ns)
 
 
+def _read(value: object) -> int | None:
+    if isinstance(value, str):
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            return None
+        return None if moment.tzinfo is None else round(moment.timestamp() * 1_000_000) * 1000
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_TIME:
+        return None
+    return round(value * (NANOSECONDS // _per_second(value)))
+
+
+def _per_second(value: float) -> int:
+    return next((unit for limit, unit in UNITS if abs(value) < limit), NANOSECONDS)
+
+
 def _value(original: object, capture_ns: int) -> object:
     """Write the time as the original was written; a value that is no time stays as it is."""
     if isinstance(original, str):
         return rfc3339(capture_ns)
     if isinstance(original, bool) or not isinstance(original, int | float):
         return original
-    per_second = next((unit for limit, unit in UNITS if abs(original) < limit), NANOSECONDS)
+    per_second = _per_second(original)
     if isinstance(original, float):
         return capture_ns * per_second / NANOSECONDS
     return capture_ns * per_second // NANOSECONDS
