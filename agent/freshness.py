@@ -19,7 +19,7 @@ TOLERANCE_NS = SECOND_NS // 2  # rounding of stated times, and one clock against
 class Freshness:
     """The lateness of one source's fixes; fixed memory."""
 
-    def __init__(self, *, window_ns: int = 600 * SECOND_NS, settle_ns: int = 2 * SECOND_NS) -> None:
+    def __init__(self, *, window_ns: int = 1_200 * SECOND_NS, settle_ns: int = 2 * SECOND_NS) -> None:
         self._window_ns = window_ns
         self._settle_ns = settle_ns
         self._highest: int | None = None  # of this window

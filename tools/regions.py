@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from agent.regions import UNITS_PER_DEGREE, Polygon, RegionMap, Ring, pack_polygons
+from agent.polygons import UNITS_PER_DEGREE, Polygon, Ring, pack_polygons
+from agent.regions import RegionMap
 
 PACKAGE = "@rapideditor/country-coder@5.6.1"
 SHIPPED = Path(__file__).parent.parent / "agent" / "data" / "borders.bin"

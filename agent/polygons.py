@@ -1,0 +1,65 @@
+"""Country polygons as values, and the compact file that holds them.
+
+The file: `RBRD` and a version byte; a 4-byte little-endian length; a JSON header `{"source", "polygons":
+[[codes, [vertices per ring, ...]], ...]}`; then all vertices as little-endian int32 pairs (longitude, latitude) in
+1e-7 degrees, rings open.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.errors import ConfigError
+
+UNITS_PER_DEGREE = 10_000_000  # 1e-7 degrees: 11 mm, and 180 degrees still fit an int32
+MAGIC = b"RBRD\x01"
+
+Ring = NDArray[np.int32]  # (n, 2): longitude, latitude in 1e-7 degrees, open
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Polygon:
+    """One outer ring and its holes under the law of every one of `codes` (several where the area is disputed)."""
+
+    codes: tuple[str, ...]
+    rings: tuple[Ring, ...]
+    override: bool = False
+
+
+def pack_polygons(polygons: Sequence[Polygon], source: str) -> bytes:
+    """The compact file of polygons; `source` is a line on where they come from."""
+    shape = [[list(polygon.codes), [len(ring) for ring in polygon.rings]] for polygon in polygons]
+    header = json.dumps({"source": source, "polygons": shape}, separators=(",", ":")).encode()
+    rings = b"".join(ring.astype("<i4").tobytes() for polygon in polygons for ring in polygon.rings)
+    return MAGIC + len(header).to_bytes(4, "little") + header + rings
+
+
+def unpack_polygons(data: bytes) -> list[Polygon]:
+    """The polygons of the compact file; raises ConfigError where the bytes are not one."""
+    start = len(MAGIC) + 4
+    end = start + int.from_bytes(data[len(MAGIC) : start], "little")
+    try:
+        shape = json.loads(data[start:end] if data.startswith(MAGIC) else b"")["polygons"]
+        vertices = np.frombuffer(data[end:], dtype="<i4").astype(np.int32, copy=False).reshape(-1, 2)
+        polygons = list(_cut(shape, vertices))
+    except (ValueError, TypeError, KeyError, IndexError) as exc:
+        raise ConfigError("borders", "bytes", f"{len(data)} bytes", "a whole compact border file") from exc
+    return polygons
+
+
+def _cut(shape: Sequence[tuple[list[str], list[int]]], vertices: Ring) -> Iterator[Polygon]:
+    """The vertices as polygons of the given shape; raises ValueError unless they fit exactly."""
+    if sum(size for _, sizes in shape for size in sizes) != len(vertices) or not len(vertices):
+        message = "the header does not describe the vertices"
+        raise ValueError(message)
+    at = 0
+    for codes, sizes in shape:
+        ends = np.cumsum(sizes).tolist()
+        rings = np.split(vertices[at : at + ends[-1]], ends[:-1])
+        yield Polygon(codes=tuple(codes), rings=tuple(rings))
+        at += ends[-1]
