@@ -10,6 +10,7 @@ import nodejs
 import stream
 
 SECONDS = 60
+SUBSCRIPTIONS = ("log_type error", "log_type warning", "log_type notice", "log_type subscribe")
 
 
 @asynccontextmanager
@@ -25,6 +26,22 @@ async def consumer(*command, **options):
         if process.returncode is None:
             process.kill()
         await process.communicate()
+
+
+async def subscribed(broker, topic_filter, times=1):
+    """Return once the log of a broker with `log_type subscribe` names so many subscriptions to the filter."""
+    async with consumer("tail", "-n", "+1", "-F", broker.log_path) as tail:
+        async for line in tail.stdout:
+            times -= topic_filter in line.decode(errors="replace")
+            if times == 0:
+                return
+
+
+async def until(condition):
+    """Return once a fact about another process, which cannot wake us, holds."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.01)
 
 
 async def read_by_node(port, public_key, messages):

@@ -14,7 +14,7 @@ import msgpack
 import nodejs
 import pytest
 import stream
-from consumers import SECONDS, consumer, read_by_node
+from consumers import SECONDS, SUBSCRIPTIONS, consumer, read_by_node, subscribed
 
 from agent.attributes import texts
 from agent.envelope import CONTENT_TYPE, unpack, verify
@@ -25,7 +25,6 @@ JPEG = b"\xff\xd8\xff\xe0" + bytes(range(256)) * 40 + b"\xff\xd9"
 TELEMETRY = (stream.TELEMETRY, stream.data_of(0))
 PICTURE = (stream.PICTURE, JPEG)
 README = Path(__file__).parent / "clients" / "backend.md"
-SUBSCRIPTIONS = ("log_type error", "log_type warning", "log_type notice", "log_type subscribe")
 
 
 @pytest.fixture
@@ -48,14 +47,6 @@ def snippet(name):
     """The code block of the backends' guide that follows this marker."""
     text = README.read_text(encoding="utf-8")
     return re.search(rf"<!-- snippet: {re.escape(name)} -->\n```\w+\n(.*?)```", text, re.DOTALL)[1]
-
-
-async def subscribed(broker, topic_filter):
-    """Return once the broker's log says that somebody subscribed to the filter."""
-    async with consumer("tail", "-n", "+1", "-F", broker.log_path) as tail:
-        async for line in tail.stdout:
-            if topic_filter in line.decode(errors="replace"):
-                return
 
 
 @needs_node

@@ -1,0 +1,201 @@
+"""The loop of a listener: receive, judge, keep, acknowledge, and now and then write files.
+
+Invariants:
+- A PUBACK goes out only after the record is in the inbox (fsync), or its refusal is counted and written down.
+- Refused messages are acknowledged too: sent again they would be no better. They never reach a file of records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from agent.backoff import delays
+from agent.errors import EndpointError
+from agent.mqtt import Connection
+from agent.packets import Delivery, Session
+from tools.listening.board import Board
+from tools.listening.files import store
+from tools.listening.inbox import Arrival, Inbox
+from tools.listening.judging import REFUSED, Expectations, Judgement, Verdict, judge
+
+BATCH = 512  # records per transaction
+LINGER_SECONDS = 0.02  # how long a batch waits for more
+TICK_SECONDS = 0.25  # how often an idle listener looks at its timers
+QUEUE_BYTES = 64 << 20
+REFUSALS_LOGGED = 10_000  # lines of one run; a flood of bad messages must not fill the disk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """Where records go: files of `form` with at most so many rows and bytes, at the latest after `roll_s`."""
+
+    folder: Path
+    form: str
+    roll_rows: int = 5_000
+    roll_bytes: int = 64 << 20
+    roll_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """One listener. It ends after `count` good records, or `idle_s` without any message; None = never."""
+
+    session: Session
+    filters: tuple[str, ...]
+    expectations: Expectations
+    consumer: str
+    output: Output | None = None
+    count: int | None = None
+    idle_s: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Listener:
+    """One consumer at work. `show` is called about once per tick."""
+
+    options: Options
+    inbox: Inbox
+    board: Board
+    show: Callable[[], None] = lambda: None
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    _rolled: float = field(default_factory=time.monotonic)
+    _heard: float = field(default_factory=time.monotonic)
+    _shown: float = 0.0
+    _spooled: int = 0
+    _logged: int = 0
+
+    async def run_loop(self) -> None:
+        """Receive until `stop` is set or an end is reached, and reconnect meanwhile; then write what is left.
+
+        Raises EndpointError where not even the first connection succeeds. Cancelling loses nothing that was
+        acknowledged.
+        """
+        waits = delays(random.random)
+        ever = False
+        self._spooled = self.inbox.spooled()
+        while not self._over():
+            connection = Connection(self.options.session, queue_limit=BATCH, queue_bytes=QUEUE_BYTES)
+            try:
+                await self._serve(connection)
+            except EndpointError:
+                if not (ever or self.board.connected):
+                    raise
+            finally:
+                ever, self.board.connected = ever or self.board.connected, False
+                connection.close()
+            if not self._over():
+                await self._pause(next(waits))
+        self._roll_all()
+
+    async def _serve(self, connection: Connection) -> None:
+        await connection.open()
+        await connection.subscribe(self.options.filters)
+        self.board.connected = True
+        self._heard = time.monotonic()
+        while not self._over():
+            batch = await self._batch(connection)
+            if batch:
+                self._heard = time.monotonic()
+                self._keep(batch)
+                for delivery in batch:
+                    connection.ack(delivery)
+            self._roll_if_due()
+            self._show_if_due()
+
+    async def _batch(self, connection: Connection) -> list[Delivery]:
+        """What arrives until the batch is full or nothing more comes at once; empty after a tick of silence."""
+        batch: list[Delivery] = []
+        try:
+            async with asyncio.timeout(TICK_SECONDS):
+                batch.append(await connection.receive())
+            async with asyncio.timeout(LINGER_SECONDS):
+                while len(batch) < BATCH:
+                    batch.append(await connection.receive())
+        except TimeoutError:
+            pass
+        except EndpointError:
+            if not batch:
+                raise
+        return batch
+
+    def _keep(self, batch: list[Delivery]) -> None:
+        arrivals: list[Arrival] = []
+        for delivery in batch:
+            judgement = judge(
+                delivery.topic,
+                delivery.payload,
+                delivery.content_type,
+                delivery.properties,
+                self.options.expectations,
+            )
+            self.board.judged(delivery.topic, judgement)
+            if judgement.verdict in REFUSED:
+                self._log(delivery, judgement)
+            elif judgement.verdict is Verdict.GOOD and judgement.envelope is not None:
+                arrivals.append(Arrival(topic=delivery.topic, envelope=judgement.envelope))
+        now_ns = time.time_ns()
+        for arrival, fresh in zip(arrivals, self.inbox.take(arrivals), strict=True):
+            self.board.took(arrival.envelope, fresh=fresh, now_ns=now_ns)
+            self._spooled += fresh
+
+    def _log(self, delivery: Delivery, judgement: Judgement) -> None:
+        """Write a refusal down: what it claims and its digest, never its data."""
+        if self.options.output is None or self._logged >= REFUSALS_LOGGED:
+            return
+        self._logged += 1
+        claims = judgement.envelope.attributes if judgement.envelope else None
+        line = {
+            "verdict": judgement.verdict.value,
+            "topic": delivery.topic,
+            "detail": judgement.detail,
+            "source": claims.source if claims else None,
+            "id": claims.id if claims else None,
+            "dataregion": ",".join(claims.dataregion) if claims else None,
+            "sha256": sha256(delivery.payload).hexdigest(),
+            "receivedns": delivery.received_ns,
+        }
+        path = self.options.output.folder / f"refused-{self.options.consumer}.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _roll_if_due(self) -> None:
+        output = self.options.output
+        if output is None:
+            return
+        if time.monotonic() - self._rolled >= output.roll_s or self._spooled >= output.roll_rows:
+            self._roll_all()
+
+    def _show_if_due(self) -> None:
+        if time.monotonic() - self._shown >= TICK_SECONDS:
+            self._shown = time.monotonic()
+            self.show()
+
+    def _roll_all(self) -> None:
+        """Put everything that is spooled into files."""
+        self._rolled = time.monotonic()
+        output = self.options.output
+        while output is not None and (roll := self.inbox.roll(output.roll_rows, output.roll_bytes)) is not None:
+            store(output.folder, output.form, self.options.consumer, roll)
+            self.inbox.written(roll)
+        self._spooled = 0
+
+    def _over(self) -> bool:
+        options = self.options
+        enough = options.count is not None and self.board.good >= options.count
+        silent = options.idle_s is not None and time.monotonic() - self._heard > options.idle_s
+        return self.stop.is_set() or enough or silent
+
+    async def _pause(self, seconds: float) -> None:
+        self.show()
+        try:
+            async with asyncio.timeout(seconds):
+                await self.stop.wait()
+        except TimeoutError:
+            return
