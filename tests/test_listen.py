@@ -318,7 +318,7 @@ async def test_listeners_share_a_stream_without_loss_and_without_double_output(k
     assert [status for _, status, _ in ends] == [0] * listeners
     ids = [line["id"] for line in _stored(out)]
     assert len(ids) == len(set(ids)) == len(records)
-    assert all(figures["good"] for figures, _, _ in ends)
+    assert all(figures["verdicts"]["good"] for figures, _, _ in ends)
     assert sum(figures["regions"]["cn"]["duplicates"] for figures, _, _ in ends) > 0
     assert ends[-1][0]["regions"]["cn"]["missing"] == 0
 
