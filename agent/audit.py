@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import msgspec
 
 GENESIS = hashlib.sha256(b"residency-agent audit chain 1").digest()
+SEAL_TYPE = b"residency-agent audit head 1\n"  # so that the signature can be taken for nothing else
 CHECKPOINT = "audit.checkpoint"
 ROW_KEYS = frozenset(
     (
@@ -66,7 +67,7 @@ class Seal:
 
     def signed_bytes(self) -> bytes:
         """What the signature covers."""
-        return _encode({"hash": self.head.digest.hex(), "n": self.head.n, "time_ns": self.time_ns})
+        return SEAL_TYPE + _encode({"hash": self.head.digest.hex(), "n": self.head.n, "time_ns": self.time_ns})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +116,13 @@ def checkpoint(n: int, time_ns: int, base: Head) -> dict[str, object]:
     return {"n": n, "time_ns": time_ns, "what": CHECKPOINT, "through": base.n, "hash": base.digest.hex()}
 
 
-def unpack(blocks: Iterable[Block]) -> Iterator[dict[str, object]]:
-    """Rows for export, in order, each with its own `hash` under `chain`; damaged blocks raise ValueError."""
+def unpack(blocks: Iterable[Block], base: Head) -> Iterator[dict[str, object]]:
+    """Rows after `base` for export, each with its hash as `chain`. ValueError where a block is damaged."""
+    digest = base.digest
     for block in blocks:
         for row in block.rows():
-            yield msgspec.json.decode(row, type=dict[str, object])
+            digest = link(digest, row)
+            yield {**msgspec.json.decode(row, type=dict[str, object]), "chain": digest.hex()}
 
 
 class _Walk:

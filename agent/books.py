@@ -17,6 +17,9 @@ from agent.entries import IntakeKey
 
 MAX_SESSIONS = 16  # sessions whose packet identifiers are kept; the agent itself uses two
 
+BASE = "audit.base"  # meta: number and hash of the last dropped audit row
+AUDIT_CELL = (tally.AUDIT, tally.TOTAL, "")
+
 Lane = tuple[str, str]  # regions joined by commas, endpoints joined by line feeds
 
 
@@ -25,7 +28,6 @@ class Delta:
     """The changes of one transaction."""
 
     cells: tally.Cells = field(default_factory=dict)
-    sequences: dict[str, int] = field(default_factory=dict)
     lanes: dict[Lane, int] = field(default_factory=dict)
     meta: dict[str, str] = field(default_factory=dict)
     intakes: list[IntakeKey] = field(default_factory=list)
@@ -57,23 +59,29 @@ class Books:
 
     window: int
     cells: tally.Cells = field(default_factory=dict)
-    sequences: dict[str, int] = field(default_factory=dict)
     lanes: dict[Lane, int] = field(default_factory=dict)
     meta: dict[str, str] = field(default_factory=dict)
     rings: dict[str, Ring] = field(default_factory=dict)
     head: Head = field(default_factory=Head)
     base: Head = field(default_factory=Head)
-    audit_bytes: int = 0
 
     def recorded(self, key: IntakeKey) -> bool:
         """Whether this very PUBLISH is durable already."""
         ring = self.rings.get(key.session)
         return ring is not None and ring.mids.get(key.mid) == key.digest
 
-    def adopt(self, delta: Delta, head: Head, audit_bytes: int) -> None:
+    @property
+    def audit_bytes(self) -> int:
+        """Bytes that the audit rows take."""
+        return self.cells.get(AUDIT_CELL, (0, 0))[1]
+
+    def sequence(self, regions: str) -> int:
+        """The last sequence number of a set of regions; -1 before the first."""
+        return self.cells.get((tally.SEQUENCE, tally.REGION, regions), (-1, 0))[0]
+
+    def adopt(self, delta: Delta, head: Head) -> None:
         """Take over the changes of a committed transaction."""
         tally.merge(self.cells, delta.cells)
-        self.sequences.update(delta.sequences)
         self.lanes.update(delta.lanes)
         self.meta.update(delta.meta)
         for session in delta.resets:
@@ -81,8 +89,7 @@ class Books:
         for key in delta.intakes:
             self.rings.setdefault(key.session, Ring()).add(key.mid, key.digest, self.window)
         self.head = head
-        self.base = read_head(self.meta, "audit.base")
-        self.audit_bytes += audit_bytes
+        self.base = read_base(self.meta)
 
 
 def read_cells(connection: sqlite3.Connection) -> tally.Cells:
@@ -91,24 +98,29 @@ def read_cells(connection: sqlite3.Connection) -> tally.Cells:
     return {(state, dimension, name): (number, size) for state, dimension, name, number, size in rows}
 
 
-def read_head(meta: Mapping[str, str], name: str) -> Head:
-    """A head kept in `meta` as `<n> <hash>`."""
-    n, _, digest = meta.get(name, f"0 {GENESIS.hex()}").partition(" ")
+def read_base(meta: Mapping[str, str]) -> Head:
+    """The last audit row that was dropped."""
+    n, _, digest = meta.get(BASE, f"0 {GENESIS.hex()}").partition(" ")
     return Head(n=int(n), digest=bytes.fromhex(digest))
+
+
+def read_head(connection: sqlite3.Connection, cells: tally.Cells, base: Head) -> Head:
+    """The head of the audit chain: how many rows were written stands apart from the rows, so that a cut shows."""
+    last = connection.execute("SELECT digest FROM audit ORDER BY first DESC LIMIT 1").fetchone()
+    return Head(n=cells.get(AUDIT_CELL, (0, 0))[0], digest=last[0] if last else base.digest)
 
 
 def load(connection: sqlite3.Connection, window: int) -> Books:
     """Read the committed state; sqlite3.Error where the disk fails, ValueError where it holds nonsense."""
     meta = dict(connection.execute("SELECT name, value FROM meta"))
+    cells, base = read_cells(connection), read_base(meta)
     books = Books(
         window=window,
-        cells=read_cells(connection),
-        sequences=dict(connection.execute("SELECT regions, last FROM sequence")),
+        cells=cells,
         lanes={(regions, route): lane for lane, regions, route in connection.execute("SELECT * FROM lane")},
         meta=meta,
-        head=read_head(meta, "audit.head"),
-        base=read_head(meta, "audit.base"),
-        audit_bytes=int(meta.get("audit.bytes", 0)),
+        head=read_head(connection, cells, base),
+        base=base,
     )
     for session, n, mid, digest in connection.execute("SELECT session, n, mid, digest FROM intake ORDER BY n"):
         ring = books.rings.setdefault(session, Ring())

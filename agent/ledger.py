@@ -9,8 +9,8 @@ Invariants
 - The class is used by one thread at a time; `counts`, `recorded` and `last_key` may be read by any.
 
 Layout: `record` holds a row per pending or held record, its envelope in the row or, when large, in a file (`blobs`).
-`lane` names each pair of candidate regions and route; an empty route means held. `record_order` serves delivery and
-eviction, `record_expiry` the TTL. `counter`, `sequence`, `intake` and `meta` are small and also in memory (`books`).
+`lane` names each pair of candidate regions and route; an empty route means held. `record_order` serves delivery,
+eviction and the TTL. `counter` (also the sequence numbers), `intake` and `meta` are small and also in memory (`books`).
 `audit` holds the chain (`audit`), one block per transaction. Files and pragmas: `storage`.
 """
 
@@ -115,12 +115,12 @@ class Ledger:
             transaction = Transaction(self._connection, self._books, self._blobs, self._limits)
             try:
                 yield transaction
-                head, size = transaction.finish()
+                head = transaction.finish()
                 self._connection.execute("COMMIT")
             except BaseException:
                 self._roll_back(transaction)
                 raise
-            self._books.adopt(transaction.delta, head, size)
+            self._books.adopt(transaction.delta, head)
             self._blobs.remove(transaction.delta.unneeded)
 
     def _roll_back(self, transaction: Transaction) -> None:
@@ -193,7 +193,7 @@ class Ledger:
 
     def sequences(self) -> dict[str, int]:
         """The last sequence number of each set of regions, joined by commas."""
-        return dict(self._books.sequences)
+        return tally.sequences(self._books.cells)
 
     def meta(self, name: str) -> str | None:
         """The value of the last `Noted` entry of this name."""

@@ -15,6 +15,8 @@ from agent.messages import State
 
 RECEIVED = "received"
 LATE = "late"
+AUDIT = "audit"  # rows ever written to the audit chain, and bytes of those that are kept
+SEQUENCE = "sequence"  # the last sequence number of each set of regions
 TOTAL, REGION, CLASS, REASON, ENDPOINT = "total", "region", "class", "reason", "endpoint"
 
 Name = tuple[str, str, str]
@@ -51,7 +53,7 @@ def merge(cells: Cells, delta: Mapping[Name, tuple[int, int]]) -> None:
     """Apply a committed delta; counters that came back to nothing are dropped."""
     for name, (number, size) in delta.items():
         add(cells, name, number, size)
-        if cells[name] == (0, 0):
+        if cells[name] == (0, 0) and name[0] != SEQUENCE:
             del cells[name]
 
 
@@ -60,11 +62,18 @@ def spooled_bytes(cells: Cells, dimension: str = TOTAL, name: str = "") -> int:
     return sum(cells.get((state, dimension, name), (0, 0))[1] for state in (State.PENDING, State.HELD))
 
 
+def sequences(cells: Cells) -> dict[str, int]:
+    """The last sequence number of each set of regions."""
+    return {name: number for (state, _, name), (number, _) in cells.copy().items() if state == SEQUENCE}
+
+
 def counts(cells: Iterable[tuple[Name, tuple[int, int]]]) -> Counts:
     """The counters as users see them."""
     totals: dict[str, tuple[int, int]] = {}
     breakdown: dict[str, dict[str, dict[str, int]]] = {}
     for (state, dimension, name), (number, size) in cells:
+        if state in {AUDIT, SEQUENCE}:
+            continue
         if dimension == TOTAL:
             totals[state] = (number, size)
         elif number:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from agent import audit, tally
 from agent.blobs import Blobs
-from agent.books import Books, Delta, Lane
+from agent.books import AUDIT_CELL, BASE, Books, Delta, Lane
 from agent.entries import (
     Delivered,
     Entry,
@@ -170,8 +170,13 @@ class Transaction:
         return int(number)
 
     def _number(self, regions: str, sequence: int) -> None:
-        last = self.delta.sequences.get(regions, self._books.sequences.get(regions, -1))
-        self.delta.sequences[regions] = max(last, sequence)
+        name = (tally.SEQUENCE, tally.REGION, regions)
+        before = self._books.sequence(regions)
+        last = max(before, 0) + self.delta.cells.get(name, (0, 0))[0]
+        if before < 0 and sequence == 0:
+            self.delta.cells.setdefault(name, (0, 0))
+        if sequence > last:
+            tally.add(self.delta.cells, name, sequence - last)
 
     def _refuse(self, entry: Refused) -> None:
         subject = tally.Subject(regions=",".join(entry.regions), data_class=entry.data_class or "")
@@ -242,7 +247,7 @@ class Transaction:
         n = self._books.head.n + len(self.delta.rows) + 1
         self.delta.rows.append(audit.canonical(audit.checkpoint(n, time_ns, base)))
         self._execute("DELETE FROM audit WHERE first <= ?", (base.n,))
-        self.delta.meta["audit.base"] = f"{base.n} {base.digest.hex()}"
+        self.delta.meta[BASE] = f"{base.n} {base.digest.hex()}"
         self._freed_audit = freed
 
     def spooled_bytes(self, dimension: str = tally.TOTAL, name: str = "") -> int:
@@ -254,24 +259,22 @@ class Transaction:
         """All lanes as this transaction leaves them."""
         return self._books.lanes | self.delta.lanes
 
-    def finish(self) -> tuple[audit.Head, int]:
-        """Write counters, numbering and the audit block; the new head and how many bytes the audit rows take."""
+    def finish(self) -> audit.Head:
+        """Write counters, numbering and the audit block; the new head."""
         many = self._connection.executemany
-        head, size = self._books.head, -self._freed_audit
+        head = self._books.head
         if self.delta.rows:
             block = audit.pack(head, self.delta.rows)
-            head, size = audit.head_of(block), size + len(block.data) + AUDIT_OVERHEAD
+            head, size = audit.head_of(block), len(block.data) + AUDIT_OVERHEAD - self._freed_audit
             self._execute("INSERT INTO audit VALUES (?, ?, ?, ?)", (block.first, block.count, block.digest, block.data))
-            self.delta.meta["audit.head"] = f"{head.n} {head.digest.hex()}"
-            self.delta.meta["audit.bytes"] = str(self._books.audit_bytes + size)
+            tally.add(self.delta.cells, AUDIT_CELL, block.count, size)
         many(_COUNTER, ((*name, *values) for name, values in self.delta.cells.items()))
-        many("INSERT OR REPLACE INTO sequence VALUES (?, ?)", self.delta.sequences.items())
         many("INSERT OR REPLACE INTO meta VALUES (?, ?)", self.delta.meta.items())
         many("DELETE FROM intake WHERE session = ?", ((session,) for session in self.delta.resets))
         many("INSERT OR REPLACE INTO intake VALUES (?, ?, ?, ?, ?)", self._intake_rows())
         if self.delta.written:
             self._blobs.sync_names()
-        return head, size
+        return head
 
     def _intake_rows(self) -> Iterator[tuple[str, int, int, int, bytes]]:
         taken = {name: ring.taken for name, ring in self._books.rings.items() if name not in self.delta.resets}

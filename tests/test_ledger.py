@@ -137,7 +137,7 @@ def test_transaction_is_all_or_nothing(ledger, path):
     ledger.commit([store(1)])
     before = ledger.counts()
     with pytest.raises(LedgerError, match="UNIQUE"):
-        ledger.commit([store(2, size=100_000), delivered(1), store(2)])
+        ledger.commit([store(2, size=200_000), delivered(1), store(2)])
     assert ledger.counts() == before
     assert numbers(ledger.pending("cn", limit=10)) == [1]
     assert list(path.with_name("ledger.db.files").iterdir()) == []
