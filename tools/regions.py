@@ -44,9 +44,9 @@ SEVERAL: Mapping[str, tuple[str, ...]] = {
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `regions build` and `regions show`."""
-    commands = subparsers.add_parser("regions", help="compile and inspect borders").add_subparsers(
-        dest="regions_command", required=True
-    )
+    parser = subparsers.add_parser("regions", help="compile and look at the border file")
+    parser.set_defaults(run=run)
+    commands = parser.add_subparsers(dest="regions_command", required=True)
     build = commands.add_parser("build", help=f"compile the borders of npm {PACKAGE}")
     build.add_argument("--input", type=Path, help="borders.json already at hand; fetched with `npm pack` otherwise")
     build.add_argument("--output", type=Path, default=SHIPPED)
@@ -81,7 +81,7 @@ def _build(source: Path | None, output: Path) -> int:
         print(f"regions: {len(data)} bytes are more than the {LARGEST_BYTES} that may be shipped")
         return 1
     output.write_bytes(data)
-    print(f"{output}: {len(data)} bytes, {len(RegionMap.from_bytes(data).countries)} countries")
+    print(f"{output}: {len(data)} bytes, {len(RegionMap.from_bytes(data, overrides=()).countries)} countries")
     return 0
 
 
