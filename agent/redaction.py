@@ -93,13 +93,18 @@ def _part(box: Box, people: People) -> Box:
 def _detect(detect: Detect, rgb: Pixels) -> list[Box]:
     """Run the detector; whatever it raises refuses the picture."""
     try:
-        return detect(np.ascontiguousarray(rgb))
+        boxes = detect(np.ascontiguousarray(rgb))
+    except MemoryError as exc:
+        raise RefusedError("redaction.memory") from exc
     except ModelError as exc:
         raise RefusedError("redaction.model", str(exc)) from exc
     except AgentError:
         raise
     except Exception as exc:
         raise RefusedError("redaction.detector", type(exc).__name__) from exc
+    if not isinstance(boxes, list) or not all(isinstance(box, Box) for box in boxes):
+        raise RefusedError("redaction.detector", "not boxes")
+    return boxes
 
 
 def _decode(header: Header) -> tuple[Pixels, str]:

@@ -49,7 +49,7 @@ def main() -> int:
     """Serve until stdin ends. Exit status 3: the parent is already gone."""
     if not _tie_to_parent(int(sys.argv[1])):
         return 3
-    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    stdin, stdout = sys.stdin.buffer, _private_stdout()
     setup = _read(stdin, Setup)
     if setup is None:
         return 0
@@ -111,6 +111,13 @@ def _tie_to_parent(parent: int) -> bool:
     for option, value in ((PR_SET_PDEATHSIG, signal.SIGKILL), (PR_SET_NO_NEW_PRIVS, 1), (PR_SET_DUMPABLE, 0)):
         ctypes.CDLL(None).prctl(option, int(value), 0, 0, 0)
     return os.getppid() == parent
+
+
+def _private_stdout() -> BinaryIO:
+    """Take the frames' stream away from libraries: what they print goes where stderr goes, to /dev/null."""
+    frames = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return frames
 
 
 def _limit_memory(setup: Setup) -> None:

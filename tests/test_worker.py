@@ -1,0 +1,218 @@
+"""The worker process: whatever a picture does to it, the agent lives and the next picture is redacted."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from canary import find_mark, saved, scene
+from detectors import DIGEST, POISON
+
+from agent.errors import RefusedError
+from agent.inspection import InspectionLimits
+from agent.pictures import PictureLimits, RedactionOptions
+from agent.redaction import redact_payload
+from agent.worker import RedactionWorker, WorkerOptions
+
+HARMLESS = saved(scene(), "PNG")
+
+
+@pytest.fixture(autouse=True)
+def _detectors(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.fixture
+def options(tmp_path):
+    return WorkerOptions(manifest=tmp_path / "model.json", factory="detectors:marks", start_timeout_s=30.0)
+
+
+def poisoned() -> bytes:
+    pixels = scene()
+    pixels[:8, :8] = POISON
+    return saved(pixels, "PNG")
+
+
+async def until(task):
+    """A tick of the loop every 10 ms, as long as a task runs."""
+    while not task.done():
+        await asyncio.wait({task}, timeout=0.01)
+        yield
+
+
+def ends(pid: int, seconds: float) -> bool:
+    """Whether a process that is not ours ends in time; a zombie has ended."""
+    deadline, status = time.monotonic() + seconds, Path(f"/proc/{pid}/stat")
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if status.read_text().split()[2] != "Z":
+                time.sleep(0.01)
+                continue
+        return True
+    return False
+
+
+async def refusal(worker: RedactionWorker, payload: bytes) -> str:
+    with pytest.raises(RefusedError) as caught:
+        await worker.redact(payload)
+    return caught.value.reason
+
+
+async def test_worker_gives_what_the_pure_function_gives(options):
+    async with RedactionWorker(options) as worker:
+        done = await worker.redact(HARMLESS)
+        assert (worker.ready, worker.digest, done.model_digest) == (True, DIGEST, DIGEST)
+    pure = redact_payload(HARMLESS, find_mark, RedactionOptions(), InspectionLimits())
+    assert (done.payload, dict(done.counts), done.pictures) == (pure.payload, {"person": 1}, 1)
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        ("crashing", "redaction.crashed"),
+        ("exiting", "redaction.crashed"),
+        ("sleeping", "redaction.timeout"),
+        ("looping", "redaction.timeout"),
+        ("greedy", "redaction.memory"),
+        ("raising", "redaction.detector"),
+        ("untrusted", "redaction.model"),
+        ("nan", "redaction.box"),
+        ("inverted", "redaction.box"),
+        ("nonsense", "redaction.detector"),
+    ],
+)
+async def test_fault_refuses_its_picture_and_the_next_one_is_redacted(options, factory, reason):
+    given = replace(options, factory=f"detectors:{factory}", timeout_s=2.0, memory_bytes=512 << 20)
+    async with RedactionWorker(given) as worker:
+        assert await refusal(worker, poisoned()) == reason
+        assert (await worker.redact(HARMLESS)).counts == {"person": 1}
+        died = factory in {"crashing", "exiting", "sleeping", "looping"}
+        assert worker.restarts == (1 if died else 0)
+
+
+async def test_worker_killed_between_two_pictures_is_replaced(options):
+    async with RedactionWorker(options) as worker:
+        await worker.redact(HARMLESS)
+        first = worker.pid
+        os.kill(first, signal.SIGKILL)
+        with contextlib.suppress(RefusedError):
+            await worker.redact(HARMLESS)
+        assert (await worker.redact(HARMLESS)).counts == {"person": 1}
+        assert worker.pid != first
+
+
+async def test_missing_model_refuses_every_picture_and_the_agent_lives(options):
+    given = replace(options, factory="agent.detector:Detector.open")
+    async with RedactionWorker(given) as worker:
+        assert [await refusal(worker, HARMLESS) for _ in range(3)] == ["redaction.model"] * 3
+        assert (worker.ready, worker.error, worker.digest) == (False, "redaction.model", "")
+
+
+async def test_model_that_does_not_open_in_time_refuses(options):
+    given = replace(options, factory="detectors:slow_to_open", start_timeout_s=0.5)
+    async with RedactionWorker(given) as worker:
+        assert not worker.ready
+        assert await refusal(worker, HARMLESS) == "redaction.timeout"
+
+
+async def test_picture_over_a_limit_is_refused_by_the_limits_that_the_agent_was_given(options):
+    limits = InspectionLimits(picture=PictureLimits(max_pixels=100))
+    async with RedactionWorker(replace(options, limits=limits)) as worker:
+        assert await refusal(worker, HARMLESS) == "picture.limit.pixels"
+
+
+async def test_two_pictures_at_once_are_both_redacted(options):
+    async with RedactionWorker(options) as worker:
+        first, second = await asyncio.gather(worker.redact(HARMLESS), worker.redact(saved(scene(), "JPEG")))
+        assert first.payload.startswith(b"\x89PNG")
+        assert second.payload.startswith(b"\xff\xd8")
+
+
+async def test_cancelled_picture_does_not_answer_the_next_one(options):
+    given = replace(options, factory="detectors:sleeping")
+    async with RedactionWorker(given) as worker:
+        waiting = asyncio.create_task(worker.redact(poisoned()), name="cancelled picture")
+        await asyncio.wait({waiting}, timeout=0.1)
+        assert worker._turn.locked()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert (await worker.redact(HARMLESS)).counts == {"person": 1}
+
+
+async def test_telemetry_runs_on_while_a_picture_hangs(options):
+    given = replace(options, factory="detectors:sleeping", timeout_s=1.0)
+    async with RedactionWorker(given) as worker:
+        hanging = asyncio.create_task(worker.redact(poisoned()), name="hanging picture")
+        ticks = 0
+        async for _ in until(hanging):
+            ticks += 1
+        with pytest.raises(RefusedError):
+            await hanging
+    assert ticks > 20
+
+
+async def test_failures_in_a_row_delay_the_next_start_ever_longer(options):
+    given = replace(options, factory="detectors:crashing")
+    async with RedactionWorker(given) as worker:
+        loop, delays = asyncio.get_running_loop(), []
+        for _ in range(3):
+            await refusal(worker, poisoned())
+            delays.append(worker._not_before - loop.time())
+    assert delays[0] <= 0.01 < delays[1] < delays[2]
+
+
+async def test_what_a_library_prints_reaches_neither_the_agent_nor_its_stderr(options, capfd):
+    async with RedactionWorker(replace(options, factory="detectors:chatty")) as worker:
+        assert (await worker.redact(poisoned())).counts == {}
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_decoder_that_was_taken_over_can_open_no_socket_file_or_process(options):
+    async with RedactionWorker(replace(options, factory="detectors:escaping")) as worker:
+        done = await worker.redact(poisoned())
+    allowed = {"process": 1} if os.geteuid() == 0 else {}  # RLIMIT_NPROC does not bind root
+    assert done.counts in ({}, allowed)
+
+
+async def test_worker_ends_with_the_block_that_started_it(options):
+    async with RedactionWorker(options) as worker:
+        pid = worker.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_worker_dies_with_a_killed_agent(patience):
+    script = (
+        "import asyncio, os, signal\n"
+        "from pathlib import Path\n"
+        "from agent.worker import RedactionWorker, WorkerOptions\n"
+        "async def main():\n"
+        "    async with RedactionWorker(WorkerOptions(manifest=Path('m'), factory='detectors:marks')) as worker:\n"
+        "        print(worker.pid, flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(main())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    assert ends(int(ended.stdout), patience)
+
+
+def test_agent_process_imports_neither_pillow_nor_onnxruntime():
+    script = "import sys, agent.worker, agent.inspection\nprint({'PIL', 'onnxruntime', 'numpy'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout.strip() == "set()"
+
+
+async def test_same_picture_gives_the_same_bytes_in_every_process(options):
+    outputs = set()
+    for threads in (1, 2):
+        async with RedactionWorker(replace(options, threads=threads)) as worker:
+            outputs.add((await worker.redact(saved(scene(), "JPEG", quality=90))).payload)
+    assert len(outputs) == 1
