@@ -51,7 +51,7 @@ class Setup:
             text = Path(own).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
             raise InvalidConfigError([ConfigError(self.file, "borders.geojson", str(exc), "a readable file")]) from exc
-        return RegionMap(read_polygons(text, own))
+        return RegionMap(read_polygons(text, file=own))
 
 
 def load(file: Path) -> Setup:

@@ -19,14 +19,15 @@ from typing import Any
 
 from agent import __version__, status, systemd, wiring
 from agent.assembly import Setup
+from agent.board import Board
 from agent.committer import CommitOptions, Committer
-from agent.intake import Fixes, Intake
+from agent.intake import Fixes, Intake, Inward
 from agent.ledger import Ledger
 from agent.line import Line, Numbering
 from agent.pipeline import Pipeline
 from agent.positions import PositionHistory
 from agent.resolver import Resolver
-from agent.uplink import Board, Uplink
+from agent.uplink import Uplink
 from agent.worker import RedactionWorker
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
     signer = wiring.signer(setup)
     identity = wiring.identity(setup)
     history = PositionHistory(wiring.position_limits(setup), boot_id=identity.boot_id)
-    ledger = Ledger.open(setup.ledger_path, wiring.ledger_limits(setup), seal=signer.sign if signer else None)
+    ledger = Ledger.open(setup.ledger_path, wiring.ledger_limits(setup), seal=wiring.audit_seal(signer))
     for incident in ledger.incidents:
         log.warning("ledger.incident", extra={"incident": incident})
     options = CommitOptions(max_delay_s=setup.config.limits.commit_ms / 1000)
@@ -79,8 +80,9 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
         signer=signer,
     )
     line = Line(pipeline, worker, Numbering(ledger.sequences()))
-    fixes = Fixes(wiring.fix_readers(setup), history)
     board = Board()
+    fixes = Fixes(wiring.fix_readers(setup), history)
+    inward = Inward(line=line, committer=committer, fixes=fixes, board=board)
     registration = setup.config.vehicle.registration
     alive = _alive(setup, identity.boot_id)
     return Parts(
@@ -88,15 +90,12 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
         worker=worker,
         committer=committer,
         fixes=fixes,
-        intakes={
-            options.name: Intake(options, line, committer, fixes, alive.get(options.name))
-            for options in wiring.intakes(setup)
-        },
+        intakes={options.name: Intake(options, inward, alive.get(options.name)) for options in wiring.intakes(setup)},
         uplinks={
             name: Uplink(wiring.uplink(setup, name), lambda: line.pipeline.policy, registration, committer, board)
             for name in setup.policy.endpoints
         },
-        resolver=Resolver(line, committer, fixes, board),
+        resolver=Resolver(inward),
     )
 
 

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 
 from agent import topics
 from agent.backoff import delays
+from agent.board import Board
 from agent.committer import Committer
-from agent.entries import IntakeKey, SessionReset
+from agent.entries import IntakeKey, SessionReset, Store
 from agent.errors import AgentError, PositionError
 from agent.gnss import FixReader
 from agent.line import Line
-from agent.messages import Message
+from agent.messages import Message, State
 from agent.mqtt import Connection
 from agent.packets import Delivery, Outgoing, Puback, Session
 from agent.positions import PositionHistory
@@ -77,19 +78,25 @@ class Fixes:
                 self.arrived.set()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inward:
+    """Where messages go: what every session shares."""
+
+    line: Line
+    committer: Committer
+    fixes: Fixes
+    board: Board
+
+
 class Intake:
     """One session with the in-car broker, for as long as the agent runs."""
 
-    def __init__(
-        self, options: IntakeOptions, line: Line, committer: Committer, fixes: Fixes, last_alive_ns: int | None
-    ) -> None:
+    def __init__(self, options: IntakeOptions, inward: Inward, last_alive_ns: int | None) -> None:
         """`last_alive_ns`: when (boot time) an earlier process of this boot had last emptied this session."""
         self.connected = False
         self.alive_ns = last_alive_ns
         self._options = options
-        self._line = line
-        self._committer = committer
-        self._fixes = fixes
+        self._inward = inward
         self._caught_up = False
         self._working: set[asyncio.Task[None]] = set()
         self._marker_topic = f"residency-agent/{options.session.client_id}/marker"
@@ -124,7 +131,7 @@ class Intake:
     async def _serve(self, connection: Connection) -> None:
         session_present = await connection.open()
         if not session_present:
-            await self._committer.submit(SessionReset(session=self._options.name))
+            await self._inward.committer.submit(SessionReset(session=self._options.name))
         self._caught_up = not session_present
         await connection.subscribe([*self._options.outgoing, *self._options.fixes, self._marker_topic])
         self._marker = uuid.uuid4().bytes
@@ -176,13 +183,18 @@ class Intake:
     async def _handle(self, delivery: Delivery) -> None:
         """Return when the message is durable, refused on record, or known already; raises LedgerError."""
         message = self._message(delivery)
-        self._fixes.offer(message)
+        self._inward.fixes.offer(message)
         if not any(topics.matches(topic_filter, message.topic) for topic_filter in self._options.outgoing):
             return
         key = self._key(delivery)
-        if delivery.dup and key is not None and self._committer.ledger.recorded(key):
+        if delivery.dup and key is not None and self._inward.committer.ledger.recorded(key):
             return
-        await self._committer.submit(await self._line.entry(message, key))
+        entry = await self._inward.line.entry(message, key)
+        await self._inward.committer.submit(entry)
+        if isinstance(entry, Store):
+            self._inward.board.wake(entry.record.route)
+            if entry.record.state is State.HELD:
+                self._inward.fixes.arrived.set()  # a fix may have come between the decision and the commit
 
     def _message(self, delivery: Delivery) -> Message:
         wait_ns = FOREVER_NS if delivery.retain else self._wait_ns(delivery.monotonic_ns)

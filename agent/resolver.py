@@ -6,12 +6,9 @@ import asyncio
 import logging
 import time
 
-from agent.committer import Committer
 from agent.entries import Entry, Released, Spooled, Withdrawn
-from agent.intake import Fixes
-from agent.line import Line
+from agent.intake import Inward
 from agent.messages import Hold, Publish
-from agent.uplink import Board
 
 log = logging.getLogger(__name__)
 
@@ -22,17 +19,14 @@ PAGE = 64  # held records read at a time
 class Resolver:
     """Goes through the held records after new fixes."""
 
-    def __init__(self, line: Line, committer: Committer, fixes: Fixes, board: Board) -> None:
-        self._line = line
-        self._committer = committer
-        self._fixes = fixes
-        self._board = board
+    def __init__(self, inward: Inward) -> None:
+        self._inward = inward
 
     async def run_loop(self) -> None:
         """Returns only by cancelling, which is safe: an unfinished pass is begun again."""
         while True:
-            await self._fixes.arrived.wait()
-            self._fixes.arrived.clear()
+            await self._inward.fixes.arrived.wait()
+            self._inward.fixes.arrived.clear()
             await self._pass()
             await asyncio.sleep(PAUSE_SECONDS)
 
@@ -43,15 +37,15 @@ class Resolver:
             for row in rows:
                 entry = self._entry(row)
                 if entry is not None:
-                    await self._committer.submit(entry)
-                    self._board.wake(entry.record.route if isinstance(entry, Released) else ())
+                    await self._inward.committer.submit(entry)
+                    self._inward.board.wake(entry.record.route if isinstance(entry, Released) else ())
 
     async def _page(self, after: int) -> list[Spooled]:
-        return await self._committer.call(lambda ledger: ledger.held(limit=PAGE, after=after))
+        return await self._inward.committer.call(lambda ledger: ledger.held(limit=PAGE, after=after))
 
     def _entry(self, row: Spooled) -> Entry | None:
         """What becomes of a held record now; None: it waits on."""
-        pipeline, record, now_ns = self._line.pipeline, row.record, time.time_ns()
+        pipeline, record, now_ns = self._inward.line.pipeline, row.record, time.time_ns()
         whereabouts = pipeline.narrowed(record)
         if whereabouts is None:
             return None
@@ -60,5 +54,5 @@ class Resolver:
             return None
         if not isinstance(decision, Publish):
             return Withdrawn(id=record.id, reason=decision.reason, time_ns=now_ns)
-        sequence = self._line.numbering.next(whereabouts.regions)
+        sequence = self._inward.line.numbering.next(whereabouts.regions)
         return Released(record=pipeline.release(record, whereabouts, decision.endpoints, sequence), time_ns=now_ns)

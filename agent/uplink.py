@@ -14,12 +14,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agent import addressing, envelope
 from agent.backoff import delays
+from agent.board import Board
 from agent.committer import Committer
 from agent.egress import PeerRules, peer_check, resolve, tls_context
 from agent.entries import Delivered, Entry, Rejected, Spooled, Withdrawn
@@ -51,21 +53,6 @@ class UplinkOptions:
     wire: str = "msgpack"
     in_flight: int = 128
     ack_timeout_s: float = 20.0
-
-
-@dataclass(slots=True, kw_only=True)
-class Board:
-    """What the uplinks know of each other: who is down, and which records are in flight somewhere."""
-
-    down: set[str] = field(default_factory=set)
-    claimed: set[str] = field(default_factory=set)
-    stored: dict[str, asyncio.Event] = field(default_factory=dict)
-
-    def wake(self, endpoints: Iterable[str]) -> None:
-        """Tell the uplinks of these endpoints that there may be something to send."""
-        for endpoint in endpoints:
-            if endpoint in self.stored:
-                self.stored[endpoint].set()
 
 
 class Uplink:
@@ -159,19 +146,23 @@ class Uplink:
     async def _pump_loop(self, connection: Connection) -> None:
         window = min(self._options.in_flight, connection.receive_maximum)
         newest = self._committer.ledger.last_key
-        while not connection.closed.done():
-            self._wake.clear()
-            room = 0 if self._draining else window - len(self._in_flight)
-            rows = await self._next(room, newest) if room else []
-            for row in rows:
-                await self._send(connection, row.record)
-            if not rows:
-                await self._wait(connection)
-            self._check_progress()
+        ready: deque[Record] = deque()
+        try:
+            while not connection.closed.done():
+                self._wake.clear()
+                if len(ready) <= window // 2 and not self._draining:
+                    ready += await self._next(window - len(ready), newest)
+                while ready and len(self._in_flight) < window and not self._draining:
+                    await self._send(connection, ready.popleft())
+                if not ready or len(self._in_flight) >= window or self._draining:
+                    await self._wait(connection)
+                self._check_progress()
+        finally:
+            self._board.claimed.difference_update(record.id for record in ready)
         raise EndpointError(connection.closed.result())
 
-    async def _next(self, room: int, newest: int) -> list[Spooled]:
-        """Up to `room` records: urgent, then live with a share for the backlog."""
+    async def _next(self, room: int, newest: int) -> list[Record]:
+        """Up to `room` records, claimed for this endpoint: urgent, then live with a share for the backlog."""
         name, down, claimed = self._options.name, frozenset(self._board.down), frozenset(self._board.claimed)
         shares = self._shares(room, newest)
 
@@ -184,7 +175,9 @@ class Uplink:
                     rows += ledger.pending(name, limit=free, after=after, until=until, down=down, skip=skip)
             return rows
 
-        return await self._committer.call(read)
+        rows = [row.record for row in await self._committer.call(read) if row.record.id not in self._board.claimed]
+        self._board.claimed.update(record.id for record in rows)
+        return rows
 
     @staticmethod
     def _shares(room: int, newest: int) -> list[tuple[int, int, int | None]]:
@@ -192,17 +185,15 @@ class Uplink:
         return [(room - room // BACKLOG_SHARE, newest, None), (room, 0, newest), (room, newest, None)]
 
     async def _send(self, connection: Connection, record: Record) -> None:
-        if record.id in self._board.claimed or connection.closed.done():
-            return
         cleared = self._policy().clear(record, self._options.name, self._registration)
         if cleared is None:
-            await self._commit(Withdrawn(id=record.id, reason="policy.withdrawn", time_ns=time.time_ns()))
+            await self._committer.submit(Withdrawn(id=record.id, reason="policy.withdrawn", time_ns=time.time_ns()))
+            self._board.claimed.discard(record.id)
             return
         outgoing = self._outgoing(cleared.record)
         if connection.maximum_packet_size is not None and len(outgoing.payload) > connection.maximum_packet_size - 4096:
             await self._settle(record, Puback(code=0x95))
             return
-        self._board.claimed.add(record.id)
         future = connection.publish(outgoing)
         self._in_flight[future] = record
         self._idle.clear()
@@ -243,11 +234,8 @@ class Uplink:
         if entry is None:
             await asyncio.sleep(POLL_SECONDS)  # the endpoint asks for patience
         else:
-            await self._commit(entry)
+            await self._committer.submit(entry)
         self._board.claimed.discard(record.id)
-
-    async def _commit(self, entry: Entry) -> None:
-        await self._committer.submit(entry)
 
     async def _wait(self, connection: Connection) -> None:
         waker = asyncio.create_task(self._wake.wait(), name=f"wake-{self._options.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from agent.assembly import Setup
@@ -91,6 +92,11 @@ def signer(setup: Setup) -> Signer | None:
     except (OSError, EnvelopeError, ValueError) as exc:
         wanted = "a readable Ed25519 private key in PEM"
         raise InvalidConfigError([ConfigError(setup.file, "signing.key_file", str(exc), wanted)]) from exc
+
+
+def audit_seal(found: Signer | None) -> Callable[[bytes], bytes] | None:
+    """What signs the head of the audit log; the plain bytes are signed, they carry their own type."""
+    return found.key.sign if found is not None else None
 
 
 def intakes(setup: Setup) -> list[IntakeOptions]:
