@@ -26,7 +26,7 @@ from tools.listening.inbox import Arrival, Inbox
 from tools.listening.judging import REFUSED, Expectations, Judgement, Verdict, judge
 
 BATCH = 512  # records per transaction
-LINGER_SECONDS = 0.02  # how long a batch waits for more
+GAP_SECONDS = 0.002  # a batch ends where nothing follows for so long: the broker may wait for our PUBACKs
 TICK_SECONDS = 0.25  # how often an idle listener looks at its timers
 QUEUE_BYTES = 64 << 20
 REFUSALS_LOGGED = 10_000  # lines of one run; a flood of bad messages must not fill the disk
@@ -110,13 +110,13 @@ class Listener:
             self._show_if_due()
 
     async def _batch(self, connection: Connection) -> list[Delivery]:
-        """What arrives until the batch is full or nothing more comes at once; empty after a tick of silence."""
+        """What arrives until the batch is full or a gap follows; empty after a tick of silence."""
         batch: list[Delivery] = []
         try:
             async with asyncio.timeout(TICK_SECONDS):
                 batch.append(await connection.receive())
-            async with asyncio.timeout(LINGER_SECONDS):
-                while len(batch) < BATCH:
+            while len(batch) < BATCH:
+                async with asyncio.timeout(GAP_SECONDS):
                     batch.append(await connection.receive())
         except TimeoutError:
             pass
