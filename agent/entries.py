@@ -120,8 +120,8 @@ class LedgerLimits:
     `RECORD_OVERHEAD` for each. `audit_bytes` bounds the audit rows. `intake_window` is how many of the last PUBLISHes
     of each session are recognised when they come again; no less than the Receive Maximum. Envelopes above
     `inline_bytes` are kept in files: at 200 kB a growing backlog then costs 1.3 to 1.5 device bytes per payload byte
-    instead of 2.1 to 2.2, while below about 100 kB the files' metadata costs more than it saves. `reserve_bytes` is
-    kept aside so that a full disk can be emptied.
+    instead of 2.1 to 2.2, while below about 100 kB the files' metadata costs more than it saves. SQLite's journal is
+    written back beyond `journal_bytes`. `reserve_bytes` is kept aside so that a full disk can be emptied.
     """
 
     total_bytes: int = 1024 * MIB
@@ -129,6 +129,7 @@ class LedgerLimits:
     audit_bytes: int = 16 * MIB
     intake_window: int = 1024
     inline_bytes: int = 128 * 1024
+    journal_bytes: int = 4 * MIB
     reserve_bytes: int = 8 * MIB
 
 

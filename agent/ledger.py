@@ -63,7 +63,7 @@ class Ledger:
         self._sealed = 0
         self.incidents: tuple[str, ...] = ()
         try:
-            self._connection, self.incidents = connect(path)
+            self._connection, self.incidents = connect(path, limits.journal_bytes)
             self._books: Books = load(self._connection, limits.intake_window)
         except BaseException:
             os.close(self._lock)

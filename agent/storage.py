@@ -30,18 +30,15 @@ APPLICATION_ID = 0x52734167  # "RsAg", so that `file` and we can tell whose data
 SCHEMA_VERSION = 2
 KEPT_ASIDE = 2
 PAGE_BYTES = 1024  # a commit of one record touches about 10 pages: 19 kB on the device; with 4096, 44 kB
-JOURNAL_BYTES = 4 << 20  # checkpoint beyond it, so that hot pages are written back once for hundreds of commits
 
 # Why each: NORMAL locking lets `status` read; FULL syncs the journal at every commit; secure_delete FAST clears deleted
-# content where that costs no extra write; the cache bounds memory; the journal keeps its size, so that a sync need not
-# write file system metadata.
+# content where that costs no extra write; the cache bounds memory. The journal keeps its size, so that a sync need not
+# write file system metadata; hot pages are written back once for the hundreds of commits that fit into it.
 PRAGMAS = f"""
 PRAGMA page_size={PAGE_BYTES};
 PRAGMA auto_vacuum=INCREMENTAL;
 PRAGMA journal_mode=WAL;
 PRAGMA synchronous=FULL;
-PRAGMA wal_autocheckpoint={JOURNAL_BYTES // PAGE_BYTES};
-PRAGMA journal_size_limit={JOURNAL_BYTES};
 PRAGMA cache_size=-2048;
 PRAGMA secure_delete=FAST;
 PRAGMA temp_store=MEMORY;
@@ -128,18 +125,21 @@ def lock(path: Path) -> int:
     return file
 
 
-def connect(path: Path) -> tuple[sqlite3.Connection, tuple[str, ...]]:
-    """Open or create the database; incidents tell what was set aside. sqlite3.Error, OSError or LedgerError."""
+def connect(path: Path, journal_bytes: int) -> tuple[sqlite3.Connection, tuple[str, ...]]:
+    """Open or create the database, its journal written back beyond `journal_bytes`; incidents tell what was set aside.
+
+    sqlite3.Error, OSError or LedgerError.
+    """
     incidents: list[str] = []
     if not path.exists() and beside(path, ".seal").exists():
         incidents.append(set_aside(path, "the database is gone, its seal is not"))
     try:
-        return _open_checked(path), tuple(incidents)
+        return _open_checked(path, journal_bytes), tuple(incidents)
     except sqlite3.DatabaseError as exc:
         if getattr(exc, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:
             raise
         incidents.append(set_aside(path, str(exc)))
-    return _open_checked(path), tuple(incidents)
+    return _open_checked(path, journal_bytes), tuple(incidents)
 
 
 def read_only(path: Path) -> sqlite3.Connection:
@@ -149,10 +149,12 @@ def read_only(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _open_checked(path: Path) -> sqlite3.Connection:
+def _open_checked(path: Path, journal_bytes: int) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
     try:
         connection.executescript(PRAGMAS)
+        connection.execute(f"PRAGMA wal_autocheckpoint={max(1, journal_bytes // PAGE_BYTES)}")
+        connection.execute(f"PRAGMA journal_size_limit={journal_bytes}")
         _prepare_schema(connection, path)
         _check(connection, path)
     except BaseException:
