@@ -38,7 +38,8 @@ from tools.witness import Seen, Witness, witness
 BUNDLED = Path(__file__).parent / "drives" / "shenzhen-hong-kong.mcap"
 BROKERS = {"auto": installed, "mosquitto": mosquitto, "amqtt": amqtt}
 SETTLE_SECONDS = 40.0  # after the last message: pictures wait for the detector, records for their PUBACK
-FAILED_STATUS, TROUBLE_STATUS, INTERRUPTED_STATUS = 1, 3, 130
+MAX_SPEEDUP = 20.0  # the agent's configuration takes no car for faster than 1000 m/s
+FAILED_STATUS, USAGE_STATUS, TROUBLE_STATUS, INTERRUPTED_STATUS = 1, 2, 3, 130
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class Run:
     speed: float
     broker: str = "auto"
     kill_after_s: float | None = None
+    start_s: float = 0.0
     end_s: float = float("inf")
     quiet: bool = False
 
@@ -100,6 +102,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--out", type=Path, help="folder of the run's files, default: runs/demo-TIME")
     parser.add_argument("--recording", type=Path, default=BUNDLED, help="with ground truth; default: the bundled drive")
     parser.add_argument("--speed", type=float, default=10.0, help="times recorded speed, default: %(default)g")
+    parser.add_argument("--from", dest="start_s", type=float, default=0.0, metavar="S", help="start at this second")
     parser.add_argument("--to", dest="end_s", type=float, default=float("inf"), metavar="S", help="end at this second")
     parser.add_argument("--kill-after", type=float, metavar="S", help="SIGKILL the agent S seconds after the start")
     parser.add_argument("--broker", choices=sorted(BROKERS), default="auto", help="default: mosquitto where installed")
@@ -109,7 +112,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Demonstrate; 0 all promises kept, 1 one was broken, 3 the demonstration itself failed, 130 interrupted."""
+    """Demonstrate; 0 all promises kept, 1 one broken, 2 wrong usage, 3 the demo itself failed, 130 interrupted."""
+    if not 0 < arguments.speed <= MAX_SPEEDUP:
+        print(f"demo: --speed {arguments.speed:g}: wanted more than 0, at most {MAX_SPEEDUP:g}", file=sys.stderr)
+        return USAGE_STATUS
     folder = arguments.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     wanted = Run(
         recording=arguments.recording,
@@ -117,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         speed=arguments.speed,
         broker=arguments.broker,
         kill_after_s=arguments.kill_after,
+        start_s=arguments.start_s,
         end_s=arguments.end_s,
         quiet=arguments.quiet or arguments.json,
     )
@@ -132,7 +139,8 @@ def run(arguments: argparse.Namespace) -> int:
         return INTERRUPTED_STATUS
     save_pictures(folder / "pictures", result.verdict)
     show(console, result.verdict, result.status["counts"], result.outcome)
-    console.print(f"Files of this run: {folder} (agent.log, pictures before and after); {result.seconds:.0f} s in all.")
+    line = f"Files of this run: {folder} (agent.log, pictures before and after); {result.seconds:.0f} s in all."
+    console.print(line, soft_wrap=True)
     if arguments.json:
         print(json.dumps({"problems": result.verdict.problems, "status": result.status, "folder": str(folder)}))
     return FAILED_STATUS if result.verdict.problems else 0
@@ -164,7 +172,8 @@ async def _stage(wanted: Run) -> AsyncIterator[Stage]:
         regional = {name: await stack.enter_async_context(start(folder=folder / "brokers" / name)) for name in PERMITS}
         witnesses = {name: stack.enter_context(witness(name, _address(broker))) for name, broker in regional.items()}
         endpoints = {name: _port(broker) for name, broker in regional.items()}
-        (folder / "policy.toml").write_text(policy_toml(endpoints), encoding="utf-8")
+        text = policy_toml(endpoints, stamped=_port(car).protocol == "5")
+        (folder / "policy.toml").write_text(text, encoding="utf-8")
         configuration = folder / "agent.toml"
         configuration.write_text(agent_toml(_port(car), speed=wanted.speed), encoding="utf-8")
         process = await stack.enter_async_context(agent(configuration, folder / "agent.log"))
@@ -173,7 +182,7 @@ async def _stage(wanted: Run) -> AsyncIterator[Stage]:
 
 async def _replay(wanted: Run, stage: Stage, log: _Log) -> Outcome:
     """Replay with fresh time stamps on a thread of its own; cancelling stops it."""
-    options = Options(speed=wanted.speed, end_s=wanted.end_s)
+    options = Options(speed=wanted.speed, start_s=wanted.start_s, end_s=wanted.end_s)
     total = sum(1 for _ in due(lambda: messages(wanted.recording), options))
     client = new_client(stage.car, "residency-demo")
     with connected(client, stage.car), progress("replaying", total, quiet=wanted.quiet) as advance:
@@ -230,18 +239,16 @@ def _advance(advance: Advance, sent: int, stage: Stage) -> None:
 
 
 def _announce(console: Console, wanted: Run) -> None:
-    kept = contents(wanted.recording)
-    kind = "a composite recording: see NOTICE" if kept.composite else "a recording"
-    console.print(
-        f"[bold]{wanted.recording.name}[/bold] ({kind}), replayed at {wanted.speed:g}x as if it happened now:"
-    )
-    console.print(
-        "  every capture time (JSON key `ts`, user property `time`) is rewritten, positions stay as they are;"
-    )
+    kind = "composite recording, see NOTICE" if contents(wanted.recording).composite else "recording"
     limit = f"{MAX_SPEED_MPS:g} m/s x {wanted.speed:g}"
-    console.print(f"  so the car seems {wanted.speed:g} times as fast, and the agent's speed limit is {limit}.")
+    lines = [
+        f"[bold]{wanted.recording.name}[/bold]: {kind}; replayed at {wanted.speed:g}x as if it happened now.",
+        "Every capture time (JSON key `ts`, user property `time`) is rewritten, positions stay;",
+        f"the car seems {wanted.speed:g} times as fast, so the agent's speed limit is {limit}.",
+    ]
     if wanted.kill_after_s is not None:
-        console.print(f"  the agent is killed (SIGKILL) after {wanted.kill_after_s:g} s and started again.")
+        lines.append(f"The agent is killed (SIGKILL) after {wanted.kill_after_s:g} s and started again.")
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def _address(broker: Broker) -> Address:

@@ -83,14 +83,17 @@ max_speed_mps = {MAX_SPEED_MPS * speed:.1f} # {MAX_SPEED_MPS:g} m/s at {speed:g}
 """
 
 
-def policy_toml(endpoints: Mapping[str, Port]) -> str:
-    """Write policy.toml for regional brokers on loopback."""
+def policy_toml(endpoints: Mapping[str, Port], *, stamped: bool = True) -> str:
+    """Write policy.toml for regional brokers on loopback.
+
+    `stamped`: pictures state their capture time in a property, which MQTT 3.1.1 drops; then arrival has to do.
+    """
     regions = "".join(f'[regions.{name}]\ncountries = ["{code}"]\n' for code, name in REGION_OF_COUNTRY.items())
     brokers = "".join(_endpoint(name, place) for name, place in endpoints.items())
     classes = sorted({name for row in PERMITS.values() for name in row})
     kinds = "".join(f'[classes.{name}]\npriority = "{_priority(name)}"\n' for name in classes)
     permit = "".join(f"[permit.{region}]\n{_permits(row)}" for region, row in PERMITS.items())
-    rules = "".join(_rule(*rule) for rule in CLASS_OF_TOPIC)
+    rules = "".join(_rule(*rule, stamped=stamped) for rule in CLASS_OF_TOPIC)
     head = '# Written by `residency-tools demo`; an example, not advice.\nversion = "demo-1"\n'
     return f"{head}\n{regions}\n{brokers}\n{kinds}\n{permit}\n{rules}"
 
@@ -109,10 +112,12 @@ def _permits(row: Mapping[str, tuple[str, ...]]) -> str:
     return "".join(f"{name} = [{endpoints}]\n" for name, endpoints in quoted.items())
 
 
-def _rule(topic: str, name: str | None, action: str) -> str:
-    capture = "property:time" if action == "redact" else "/ts"
-    unit = "rfc3339" if action == "redact" else "s"
+def _rule(topic: str, name: str | None, action: str, *, stamped: bool) -> str:
     lines = [f'topic = "{topic}"', f'action = "{action}"']
     if name:
-        lines += [f'class = "{name}"', f'capture_time = "{capture}"', f'capture_unit = "{unit}"']
+        lines.append(f'class = "{name}"')
+    if action == "redact" and stamped:
+        lines += ['capture_time = "property:time"', 'capture_unit = "rfc3339"']
+    elif action == "forward":
+        lines += ['capture_time = "/ts"', 'capture_unit = "s"']
     return "[[rules]]\n" + "\n".join(lines) + "\n"
