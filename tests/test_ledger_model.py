@@ -1,0 +1,199 @@
+"""The ledger against a model of a few lines, with crash and reopening as rules."""
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from ledger_samples import NOW, SECOND, delivered, opened, refused, store
+
+from agent.audit_cli import verify
+from agent.entries import IntakeKey, Rejected, Released, Withdrawn
+from agent.errors import LedgerEntryError
+from agent.messages import Priority, State
+from agent.transaction import RECORD_OVERHEAD
+
+LANE, TOTAL, INLINE = 6000, 14_000, 1000
+REGIONS = (("cn",), ("hk",), ("cn", "hk"))
+ROUTES = ((), ("a",), ("b",), ("a", "b"))
+
+
+class Model:
+    """What the ledger promises, by arrival: records that are in the car, and how many ended how."""
+
+    def __init__(self):
+        self.spool, self.ended, self.received = {}, Counter(), 0
+
+    def size(self, regions=None):
+        own = (item for item in self.spool.values() if regions in (None, item.regions))
+        return sum(len(item.envelope) + RECORD_OVERHEAD for item in own)
+
+    def evict(self):
+        for regions, limit in [*((regions, LANE) for regions in REGIONS), (None, TOTAL)]:
+            while self.size(regions) > limit:
+                own = [item for item in self.spool.values() if regions in (None, item.regions)]
+                self.end(max(own, key=lambda item: item.priority).id, State.EVICTED)  # max takes the oldest of equals
+
+    def end(self, name, state):
+        self.ended["late" if self.spool.pop(name, None) is None else state] += 1
+
+    def served(self, endpoint, down):
+        route = {
+            item.id: next((name for name in item.route if name not in down or name == endpoint), None)
+            for item in self.spool.values()
+        }
+        return sorted((item for item in self.spool.values() if route[item.id] == endpoint), key=lambda i: i.priority)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    names = Bundle("names")
+
+    @initialize()
+    def begin(self):
+        self.root = Path(tempfile.mkdtemp(prefix="ledger-model-"))
+        self.generation = self.number = self.seconds = 0
+        self.model, self.recent = Model(), {}
+        self.open()
+
+    def open(self):
+        self.path = self.root / str(self.generation) / "ledger.db"
+        limits = {"lane_bytes": LANE, "total_bytes": TOTAL, "inline_bytes": INLINE, "reserve_bytes": 0}
+        self.ledger = opened(self.path, **limits, audit_bytes=3000, journal_bytes=60_000, intake_window=5)
+        assert self.ledger.incidents == ()
+
+    def teardown(self):
+        if hasattr(self, "ledger"):
+            self.ledger.close()
+            assert verify(self.path).problems == ()
+            shutil.rmtree(self.root)
+
+    @rule(
+        target=names,
+        fields=st.lists(
+            st.fixed_dictionaries(
+                {
+                    "size": st.sampled_from((10, 900, 1500, 7000)),
+                    "regions": st.sampled_from(REGIONS),
+                    "route": st.sampled_from(ROUTES),
+                    "priority": st.sampled_from(Priority),
+                    "ttl": st.sampled_from((10, 40, 10_000)),
+                }
+            ),
+            min_size=1,
+            max_size=5,
+        ),
+    )
+    def store(self, fields):
+        entries = []
+        for each in fields:
+            self.number += 1
+            entries.append(store(self.number, mid=self.number % 7, **each))
+        self.ledger.commit(entries)
+        for entry in entries:
+            self.model.received += 1
+            self.recent.pop(entry.intake.mid, None)
+            self.recent[entry.intake.mid] = entry.intake.digest
+            if len(entry.record.envelope) + RECORD_OVERHEAD > LANE:
+                self.model.ended[State.EVICTED] += 1
+            else:
+                self.model.spool[entry.record.id] = entry.record
+        self.recent = dict(list(self.recent.items())[-5:])
+        self.model.evict()
+        return multiple(*(entry.record.id for entry in entries))
+
+    @rule()
+    def refuse(self):
+        self.ledger.commit([refused()])
+        self.model.received += 1
+        self.model.ended[State.REFUSED] += 1
+
+    @rule(name=names)
+    def deliver(self, name):
+        self.ledger.commit([delivered(int(name[3:]))])
+        self.model.end(name, State.DELIVERED)
+
+    @rule(one=consumes(names), other=names)
+    def end_otherwise(self, one, other):
+        entries = [Rejected(id=one, endpoint="a", code=0x99, time_ns=NOW)]
+        entries.append(Withdrawn(id=other, reason="policy", time_ns=NOW))
+        self.ledger.commit(entries)
+        self.model.end(one, State.REFUSED)
+        self.model.end(other, State.REFUSED)
+
+    @rule(name=names, size=st.sampled_from((10, 1500)))
+    def release(self, name, size):
+        held = self.model.spool.get(name)
+        if held is None or held.route:
+            return
+        pending = replace(held, state=State.PENDING, route=("a",), regions=held.regions[:1], envelope=b"n" * size)
+        self.ledger.commit([Released(record=pending, time_ns=NOW)])
+        self.model.spool[name] = pending
+        self.model.evict()
+
+    @rule(name=names)
+    def fail(self, name):
+        if name not in self.model.spool:
+            return
+        with pytest.raises(LedgerEntryError):
+            self.ledger.commit([refused(), delivered(int(name[3:])), store(999_999), store(999_999)])
+
+    @rule(seconds=st.integers(0, 30))
+    def sweep(self, seconds):
+        self.seconds += seconds
+        now_ns = NOW + self.seconds * SECOND
+        while self.ledger.sweep(now_ns).more:
+            continue
+        for item in [item for item in self.model.spool.values() if item.expires_ns <= now_ns]:
+            self.model.end(item.id, State.EXPIRED)
+
+    @rule()
+    def crash(self):
+        before, abandoned = self.path.parent, self.ledger
+        self.generation += 1
+        shutil.copytree(before, self.root / str(self.generation), ignore=shutil.ignore_patterns("*-shm", "*.lock"))
+        abandoned.close()
+        shutil.rmtree(before)
+        self.open()
+
+    @rule()
+    def reopen(self):
+        self.ledger.close()
+        self.open()
+
+    @invariant()
+    def everything_is_where_the_model_says(self):
+        if not hasattr(self, "ledger"):
+            return
+        for endpoint, down in (("a", ()), ("b", ()), ("b", ("a",)), ("a", ("a", "b"))):
+            found = [item.record for item in self.ledger.pending(endpoint, limit=100, down=down)]
+            assert found == self.model.served(endpoint, down)
+        assert [item.record for item in self.ledger.held(limit=100)] == [
+            item for item in self.model.spool.values() if not item.route
+        ]
+        counts = self.ledger.counts()
+        assert (counts.received, counts.conserved) == (self.model.received, True)
+        for state in ("delivered", "refused", "expired", "evicted", "late"):
+            assert getattr(counts, state) == self.model.ended[state]
+        assert counts.pending_bytes + counts.held_bytes == self.model.size()
+        assert self.ledger.recent_intake("telemetry") == self.recent
+        assert all(
+            self.ledger.recorded(IntakeKey(session="telemetry", mid=mid, digest=digest))
+            for mid, digest in self.recent.items()
+        )
+        in_files = [item for item in self.model.spool.values() if len(item.envelope) > INLINE]
+        assert len(list(self.path.with_name("ledger.db.files").glob("*"))) == len(in_files)
+
+
+TestLedgerAgainstModel = LedgerMachine.TestCase
+TestLedgerAgainstModel.settings = settings(
+    max_examples=int(os.environ.get("RESIDENCY_SOAK_EXAMPLES", "25")),
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
