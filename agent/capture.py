@@ -7,9 +7,9 @@ import math
 from datetime import datetime
 from typing import Any
 
-from agent.config import Rule
 from agent.errors import RefusedError
 from agent.messages import Message
+from agent.policy_config import Rule
 
 NS_PER_UNIT = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 

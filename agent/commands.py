@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from agent import typed
 from agent.assembly import Setup
-from agent.config import AgentConfig, PolicyConfig
+from agent.config import AgentConfig
 from agent.messages import Basis, Hold, Publish, Refuse, Whereabouts
+from agent.policy_config import PolicyConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

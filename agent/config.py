@@ -14,25 +14,15 @@ import msgspec
 from msgspec import Meta
 
 from agent.errors import ConfigError, InvalidConfigError
+from agent.policy_config import PolicyConfig
+from agent.tables import CountryOrNone, Port, Positive, Seconds, Table, Text
 from agent.typed import convert
 
 MIB = 1 << 20
 S = TypeVar("S", bound=msgspec.Struct)
 
-Text = Annotated[str, Meta(min_length=1)]
-Port = Annotated[int, Meta(ge=1, le=65_535)]
-Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0, le=366 * 86_400)]
-Country = Annotated[str, Meta(pattern="^[A-Z]{2}$")]
-CountryOrNone = Annotated[str, Meta(pattern="^([A-Z]{2})?$")]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
-
-class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A TOML table."""
-
-
-class Vehicle(_Table, frozen=True, kw_only=True):
+class Vehicle(Table, frozen=True, kw_only=True):
     """[vehicle]: who sends."""
 
     source: Annotated[Text, Meta(description="CloudEvents `source`: a URI of this vehicle, pseudonymous")]
@@ -43,7 +33,7 @@ class Vehicle(_Table, frozen=True, kw_only=True):
     ] = ""
 
 
-class Broker(_Table, frozen=True, kw_only=True):
+class Broker(Table, frozen=True, kw_only=True):
     """[broker]: the in-car broker."""
 
     host: Annotated[Text, Meta(description="In-car broker")] = "127.0.0.1"
@@ -64,14 +54,14 @@ class Broker(_Table, frozen=True, kw_only=True):
     keepalive_s: Annotated[int, Meta(ge=5, le=65_535, description="MQTT keep alive")] = 30
 
 
-class Intake(_Table, frozen=True, kw_only=True):
+class Intake(Table, frozen=True, kw_only=True):
     """[intake]: what is taken from the in-car broker."""
 
     telemetry: Annotated[list[str], Meta(description="Topic filters of outgoing data without pictures")]
     pictures: Annotated[list[str], Meta(description="Topic filters of outgoing pictures; a session of their own")] = []
 
 
-class PositionSource(_Table, frozen=True, kw_only=True):
+class PositionSource(Table, frozen=True, kw_only=True):
     """[[position]]: where fixes come from."""
 
     topic: Annotated[Text, Meta(description="Topic filter of the fixes")]
@@ -88,7 +78,7 @@ class PositionSource(_Table, frozen=True, kw_only=True):
     default_accuracy_m: Annotated[float, Meta(gt=0, le=100_000, description="Where the fix states none")] = 50.0
 
 
-class Motion(_Table, frozen=True, kw_only=True):
+class Motion(Table, frozen=True, kw_only=True):
     """[motion]: what a fix says about other moments."""
 
     max_speed_mps: Annotated[float, Meta(gt=0, le=1_000, description="Faster than this the car cannot be")] = 70.0
@@ -96,7 +86,7 @@ class Motion(_Table, frozen=True, kw_only=True):
     history: Annotated[int, Meta(ge=2, le=100_000, description="Fixes kept in memory")] = 4096
 
 
-class Model(_Table, frozen=True, kw_only=True):
+class Model(Table, frozen=True, kw_only=True):
     """[model]: the detector and its process."""
 
     manifest: Annotated[str, Meta(description="Manifest of the detector; empty: the one shipped with the agent")] = ""
@@ -106,7 +96,7 @@ class Model(_Table, frozen=True, kw_only=True):
     people: Annotated[Literal["whole", "head"], Meta(description="What of a person is masked")] = "whole"
 
 
-class Limits(_Table, frozen=True, kw_only=True):
+class Limits(Table, frozen=True, kw_only=True):
     """[limits]: every bound of memory and disk."""
 
     payload_bytes: Annotated[Positive, Meta(description="A larger message is refused")] = 8 * MIB
@@ -124,14 +114,15 @@ class Limits(_Table, frozen=True, kw_only=True):
     drain_s: Annotated[Seconds, Meta(description="At shutdown, how long PUBACKs are waited for")] = 5.0
 
 
-class Signing(_Table, frozen=True, kw_only=True):
+class Signing(Table, frozen=True, kw_only=True):
     """[signing]: the key of the records' signatures."""
 
     key_file: Annotated[str, Meta(description="Ed25519 private key, PEM; empty: records are not signed")] = ""
     key_id: Annotated[str, Meta(description="Name of the key; empty: derived from the public key")] = ""
+    pseudonym_key_file: Annotated[str, Meta(description="Key of the pseudonyms, 16 bytes or more; a secret")] = ""
 
 
-class Credential(_Table, frozen=True, kw_only=True):
+class Credential(Table, frozen=True, kw_only=True):
     """[credentials.ENDPOINT]: how this vehicle proves itself to an endpoint."""
 
     username: Annotated[str, Meta(description="Empty: none")] = ""
@@ -140,14 +131,14 @@ class Credential(_Table, frozen=True, kw_only=True):
     key_file: Annotated[str, Meta(description="Its private key, PEM")] = ""
 
 
-class Paths(_Table, frozen=True, kw_only=True):
+class Paths(Table, frozen=True, kw_only=True):
     """[paths]: files and folders."""
 
     policy: Annotated[Text, Meta(description="policy.toml; relative to this file")] = "policy.toml"
     state: Annotated[Text, Meta(description="Folder of the ledger; relative to this file")] = "state"
 
 
-class AgentConfig(_Table, frozen=True, kw_only=True):
+class AgentConfig(Table, frozen=True, kw_only=True):
     """agent.toml: one vehicle."""
 
     vehicle: Vehicle
@@ -162,87 +153,6 @@ class AgentConfig(_Table, frozen=True, kw_only=True):
     paths: Paths = Paths()
 
 
-class Borders(_Table, frozen=True, kw_only=True):
-    """[borders]: the polygons."""
-
-    geojson: Annotated[str, Meta(description="Own borders instead of the shipped ones; relative to this file")] = ""
-
-
-class Region(_Table, frozen=True, kw_only=True):
-    """[regions.NAME]: countries with the same law."""
-
-    countries: Annotated[list[Country], Meta(min_length=1, description="ISO 3166-1 codes; each in one region only")]
-
-
-class Endpoint(_Table, frozen=True, kw_only=True):
-    """[endpoints.NAME]: a regional broker, who it is and where it must stand."""
-
-    host: Annotated[Text, Meta(description="Host name or address of the regional broker")]
-    port: Annotated[Port, Meta(description="Its MQTT port")] = 8883
-    tls: Annotated[bool, Meta(description="May be false only for loopback")] = True
-    ca_file: Annotated[str, Meta(description="PEM file of trusted roots; empty: those of the system")] = ""
-    spki_sha256: Annotated[list[Sha256], Meta(description="Pins: hex SHA-256 of the server's public key info")] = []
-    networks: Annotated[list[str], Meta(description="CIDRs in which the peer's address must lie; empty: any")] = []
-    protocol: Annotated[Literal["5", "3.1.1"], Meta(description="MQTT version")] = "5"
-    wire: Annotated[Literal["msgpack", "binary"], Meta(description="binary needs MQTT 5")] = "msgpack"
-    topic: Annotated[Text, Meta(description="Template of {region} {vehicle} {class} {topic}")] = (
-        "{region}/{vehicle}/{topic}"
-    )
-    in_flight: Annotated[int, Meta(ge=1, le=65_535, description="Publishes without PUBACK at a time")] = 128
-    keepalive_s: Annotated[int, Meta(ge=5, le=65_535, description="MQTT keep alive")] = 30
-    ack_timeout_s: Annotated[Seconds, Meta(description="Without any PUBACK for so long the connection is renewed")] = (
-        20.0
-    )
-
-
-class DataClass(_Table, frozen=True, kw_only=True):
-    """[classes.NAME]: how records of a kind are kept."""
-
-    priority: Annotated[Literal["urgent", "live", "bulk"], Meta(description="Order of delivery and of eviction")] = (
-        "live"
-    )
-    ttl_s: Annotated[Seconds, Meta(description="A record that is older is expired")] = 7 * 86_400.0
-    hold_s: Annotated[Seconds, Meta(description="How long doubt about the region may last")] = 3600.0
-    registration_bound: Annotated[
-        bool, Meta(description="The region of registration must permit the endpoint as well")
-    ] = False
-
-
-class Rule(_Table, frozen=True, kw_only=True):
-    """[[rules]]: what a topic carries and what happens to it."""
-
-    topic: Annotated[Text, Meta(description="MQTT topic filter; the first rule that matches decides")]
-    action: Annotated[
-        Literal["forward", "redact", "refuse"],
-        Meta(description="forward: structured data; redact: pictures; refuse: never leaves"),
-    ]
-    data_class: Annotated[str, Meta(description="Data class; required unless the action is refuse")] = msgspec.field(
-        name="class", default=""
-    )
-    basis: Annotated[
-        Literal["gnss", "registration"], Meta(description="registration: bound to the registration, not to the place")
-    ] = "gnss"
-    capture_time: Annotated[str, Meta(description="JSON pointer (`/ts`) or `property:NAME`; empty: arrival")] = ""
-    capture_unit: Annotated[Literal["s", "ms", "us", "ns", "rfc3339"], Meta(description="Unit of capture_time")] = "s"
-    opaque: Annotated[
-        Literal["refuse", "forward"], Meta(description="Binary data that is not recognised: fail closed by default")
-    ] = "refuse"
-
-
-class PolicyConfig(_Table, frozen=True, kw_only=True):
-    """policy.toml: the fleet. `permit` is region -> data class -> ordered endpoints; absent means not permitted."""
-
-    version: Annotated[Text, Meta(description="Travels with every record", pattern="^[!-~]{1,64}$")]
-    regions: dict[str, Region]
-    endpoints: dict[str, Endpoint]
-    classes: dict[str, DataClass]
-    permit: Annotated[
-        dict[str, dict[str, list[str]]], Meta(description="region -> data class -> endpoints; absent: not permitted")
-    ]
-    rules: list[Rule]
-    borders: Borders = Borders()
-
-
 def load_agent(path: Path) -> AgentConfig:
     """agent.toml as values; file names in it become absolute. Raises InvalidConfigError."""
     config = convert(path, _toml(path), AgentConfig)
@@ -251,7 +161,7 @@ def load_agent(path: Path) -> AgentConfig:
         config,
         broker=_absolute(folder, config.broker, "password_file"),
         model=_absolute(folder, config.model, "manifest"),
-        signing=_absolute(folder, config.signing, "key_file"),
+        signing=_absolute(folder, config.signing, "key_file", "pseudonym_key_file"),
         paths=_absolute(folder, config.paths, "policy", "state"),
         credentials={
             name: _absolute(folder, credential, "password_file", "cert_file", "key_file")

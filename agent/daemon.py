@@ -78,6 +78,7 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
         positions=history,
         limits=wiring.inspection_limits(setup),
         signer=signer,
+        field_rules=wiring.field_rules_of(setup),
     )
     line = Line(pipeline, worker, Numbering(ledger.sequences()))
     board = Board()

@@ -8,13 +8,13 @@ held, and `reconsider` looks at it again when later fixes have narrowed the doub
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from agent.attributes import Attributes, traceparent_or_none
 from agent.capture import stated_ns
-from agent.config import Rule
 from agent.envelope import pack, repack
 from agent.errors import EnvelopeError, RefusedError
+from agent.fields import FieldRules, apply_field_rules
 from agent.inspection import Contents, InspectionLimits, inspect
 from agent.messages import (
     Basis,
@@ -31,6 +31,7 @@ from agent.messages import (
     Whereabouts,
 )
 from agent.policy import Policy
+from agent.policy_config import Rule
 from agent.positions import PositionHistory, capture_of
 from agent.regions import RegionMap
 from agent.signing import Signer
@@ -85,6 +86,7 @@ class Pipeline:
     positions: PositionHistory
     limits: InspectionLimits
     signer: Signer | None
+    field_rules: Mapping[str, FieldRules] = field(default_factory=dict)
 
     def examine(self, message: Message, step_ns: int = 0) -> Plan:
         """Decide everything that can be decided without decoding a picture; raises RefusedError.
@@ -144,6 +146,11 @@ class Pipeline:
     def _decide(self, data_class: str, whereabouts: Whereabouts) -> Decision:
         return self.policy.decide(data_class, whereabouts, self.identity.registration)
 
+    def _left(self, plan: Plan, payload: bytes) -> bytes:
+        """The payload as the rule's field rules leave it; raises RefusedError where they cannot be applied."""
+        rules = self.field_rules.get(plan.rule.topic)
+        return payload if rules is None else apply_field_rules(payload, rules, plan.media_type)
+
     def record(self, plan: Plan, payload: bytes, redaction: Redaction | None, stamp: Stamp) -> Record:
         """The record of a message whose payload may leave; raises RefusedError where the wire cannot carry it."""
         data_class = self.policy.data_class(plan.rule.data_class)
@@ -166,7 +173,7 @@ class Pipeline:
             recorded_ns=stamp.now_ns,
             expires_ns=stamp.now_ns + round(lifetime_s * SECOND),
             sequence=stamp.sequence,
-            envelope=pack(attributes, payload, self.signer),
+            envelope=pack(attributes, self._left(plan, payload), self.signer),
         )
 
     def _attributes(self, plan: Plan, redaction: Redaction | None, stamp: Stamp) -> Attributes:
@@ -175,13 +182,13 @@ class Pipeline:
             source=self.identity.source,
             type=EVENT_TYPE,
             subject=plan.message.topic,
-            time_ns=max(plan.capture.time_ns, 0),
+            time_ns=_coarse(max(plan.capture.time_ns, 0), plan.rule),
             datacontenttype=plan.media_type,
             dataregion=plan.whereabouts.regions,
             regionbasis=plan.whereabouts.basis,
             dataclassification=plan.rule.data_class,
             policyversion=self.policy.version,
-            recordedtime_ns=stamp.now_ns,
+            recordedtime_ns=_coarse(stamp.now_ns, plan.rule),
             sequence=stamp.sequence,
             redaction=redaction.summary() if redaction is not None else None,
             modeldigest=redaction.model_digest if redaction is not None else None,
@@ -219,6 +226,12 @@ class Pipeline:
                 sequence=sequence,
             ),
         )
+
+
+def _coarse(time_ns: int, rule: Rule) -> int:
+    """A record of which the rule coarsens a time must not state that time elsewhere."""
+    step_ns = max((time.seconds for time in rule.fields.times), default=0) * SECOND if rule.fields else 0
+    return time_ns - time_ns % step_ns if step_ns else time_ns
 
 
 def media_type(payload: bytes, contents: Contents) -> str:

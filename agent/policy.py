@@ -19,9 +19,11 @@ from pathlib import Path
 
 from agent import topics
 from agent.addressing import check_template
-from agent.config import DataClass, Endpoint, PolicyConfig, Rule
 from agent.errors import ConfigError, InvalidConfigError
+from agent.field_config import field_rules
+from agent.fields import SHORTEST_KEY
 from agent.messages import Decision, Hold, Publish, Record, Refuse, Whereabouts
+from agent.policy_config import DataClass, Endpoint, PolicyConfig, Rule
 
 UNLISTED = "unlisted"
 """The region of every country that the policy does not name; it permits nothing."""
@@ -192,6 +194,18 @@ def _rule_mistakes(config: PolicyConfig, file: Path | str) -> Iterator[ConfigErr
             yield ConfigError(file, f"{key}.class", rule.data_class, _one_of("classes", config.classes))
         if rule.capture_time and not rule.capture_time.startswith(("/", "property:")):
             yield ConfigError(file, f"{key}.capture_time", rule.capture_time, "a JSON pointer or property:NAME")
+        yield from _field_mistakes(f"{key}.fields", rule, file)
+
+
+def _field_mistakes(key: str, rule: Rule, file: Path | str) -> Iterator[ConfigError]:
+    if rule.fields is None:
+        return
+    if rule.action != "forward":
+        yield ConfigError(file, key, rule.action, "the action forward: only structured data has fields")
+    try:
+        field_rules(rule.fields, key=bytes(SHORTEST_KEY))
+    except ValueError as exc:
+        yield ConfigError(file, key, str(exc), "field rules that fit together")
 
 
 def _endpoint_mistakes(key: str, endpoint: Endpoint, file: Path | str) -> Iterator[ConfigError]:

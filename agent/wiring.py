@@ -10,6 +10,8 @@ from agent.config import Credential, PositionSource
 from agent.egress import PeerRules
 from agent.entries import LedgerLimits
 from agent.errors import ConfigError, EnvelopeError, InvalidConfigError
+from agent.field_config import field_rules
+from agent.fields import SHORTEST_KEY, FieldRules
 from agent.gnss import FixReader, FixSource
 from agent.inspection import InspectionLimits
 from agent.intake import IntakeOptions
@@ -92,6 +94,26 @@ def signer(setup: Setup) -> Signer | None:
     except (OSError, EnvelopeError, ValueError) as exc:
         wanted = "a readable Ed25519 private key in PEM"
         raise InvalidConfigError([ConfigError(setup.file, "signing.key_file", str(exc), wanted)]) from exc
+
+
+def field_rules_of(setup: Setup) -> dict[str, FieldRules]:
+    """Field rules by the topic filter of their rule; raises InvalidConfigError without the key that they need."""
+    rules = [rule for rule in setup.policy.config.rules if rule.fields is not None]
+    key = _pseudonym_key(setup) if any(rule.fields and rule.fields.pseudonymise for rule in rules) else b""
+    return {rule.topic: field_rules(rule.fields, key) for rule in rules if rule.fields is not None}
+
+
+def _pseudonym_key(setup: Setup) -> bytes:
+    file = setup.config.signing.pseudonym_key_file
+    wanted = f"a file of at least {SHORTEST_KEY} secret bytes, which the policy's pseudonymise needs"
+    try:
+        key = Path(file).read_bytes() if file else b""
+    except OSError as exc:
+        raise InvalidConfigError([ConfigError(setup.file, "signing.pseudonym_key_file", str(exc), wanted)]) from exc
+    if len(key) < SHORTEST_KEY:
+        found = f"{len(key)} bytes" if file else "nothing"
+        raise InvalidConfigError([ConfigError(setup.file, "signing.pseudonym_key_file", found, wanted)])
+    return key
 
 
 def audit_seal(found: Signer | None) -> Callable[[bytes], bytes] | None:

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from agent import typed
-from agent.config import AgentConfig, PolicyConfig, load_agent, load_policy, shipped_manifest
+from agent.config import AgentConfig, load_agent, load_policy, shipped_manifest
 from agent.errors import InvalidConfigError
+from agent.policy_config import PolicyConfig
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = """
