@@ -58,12 +58,10 @@ def _area(box: Box, width: int, height: int, margin: Margin) -> Area:
         raise RefusedError("redaction.box", "not a box")
     across = margin.part * (box.x2 - box.x1) + margin.pixels
     down = margin.part * (box.y2 - box.y1) + margin.pixels
-    return Area(
-        max(0, math.floor(box.x1 - across)),
-        max(0, math.floor(box.y1 - down)),
-        min(width, math.ceil(box.x2 + across)),
-        min(height, math.ceil(box.y2 + down)),
-    )
+    x1, y1, x2, y2 = box.x1 - across, box.y1 - down, box.x2 + across, box.y2 + down
+    if x1 >= x2 or y1 >= y2:
+        return Area(0, 0, 0, 0)
+    return Area(max(0, math.floor(x1)), max(0, math.floor(y1)), min(width, math.ceil(x2)), min(height, math.ceil(y2)))
 
 
 def upright(pixels: Pixels, orientation: int) -> Pixels:

