@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import attrgetter
@@ -85,9 +85,9 @@ class Track:
         return tuple(sighting for sighting in best if sighting is not None)
 
     def thin(self) -> None:
-        """Let every second sighting of the older half go, never the first or the last; discs only grow by it."""
-        half = len(self._sightings) // 2
-        self._sightings[: half + 1] = _thinned(self._sightings[: half + 1])
+        """Let about half of the older three quarters go, evenly in time; discs only grow by it."""
+        older = len(self._sightings) * 3 // 4
+        self._sightings[:older] = _thinned(self._sightings[:older])
 
     def forget(self, until_ns: int) -> None:
         """Drop the sightings up to a moment."""
@@ -113,9 +113,13 @@ def _best(side: Iterable[Sighting], moment_ns: int, doubt_ns: int, speed_mps: fl
     return best
 
 
-def _thinned(sightings: list[Sighting]) -> Iterator[Sighting]:
-    """Every second sighting, with the weight of the one that followed it; the last one always."""
-    *inner, last = sightings
-    for kept, dropped in zip(inner[::2], [*inner[1::2], None], strict=False):
-        yield replace(kept, weight=kept.weight + (dropped.weight if dropped else 0))
-    yield last
+def _thinned(sightings: list[Sighting]) -> list[Sighting]:
+    """The first and what is at least two mean gaps later than the one kept before it; weights are handed down."""
+    kept = sightings[:1]
+    for sighting in sightings[1:]:
+        gap_ns = sighting.monotonic_ns - kept[-1].monotonic_ns
+        if gap_ns * len(sightings) > 2 * (sightings[-1].monotonic_ns - sightings[0].monotonic_ns):
+            kept.append(sighting)
+        else:
+            kept[-1] = replace(kept[-1], weight=kept[-1].weight + sighting.weight)
+    return kept
