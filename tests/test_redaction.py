@@ -319,9 +319,7 @@ def test_output_is_the_same_in_every_run(source):
 
 
 def test_pictures_of_one_payload_are_counted_and_limited():
-    payload = (
-        b"[" + b",".join(b'"' + base64.b64encode(SOURCES["jpeg-grey"]) + b'"' for _ in range(3)) + b"]"
-    )
+    payload = b"[" + b",".join(b'"' + base64.b64encode(SOURCES["jpeg-grey"]) + b'"' for _ in range(3)) + b"]"
     done = redact_payload(payload, find_mark, OPTIONS, InspectionLimits())
     assert (done.pictures, done.counts) == (3, {"person": 3})
     with pytest.raises(RefusedError) as caught:
