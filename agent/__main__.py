@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = add("explain", _explain, "say step by step what would happen to a message")
     explain.add_argument("--topic", required=True)
     explain.add_argument("--at", type=_place, metavar="LAT,LON,ACCURACY_M", help="without it: no fix")
+    add("egress-rules", _egress_rules, "print a systemd drop-in that allows the policy's networks and nothing else")
     reference = commands_.add_parser("reference", help="print every key of both files as Markdown")
     reference.set_defaults(run=_reference)
     document = commands_.add_parser("asyncapi", help="print the AsyncAPI document of the stream")
@@ -125,6 +126,11 @@ def _place(text: str) -> Place:
     except ValueError as exc:
         raise argparse.ArgumentTypeError(f"{text!r}: three numbers, as in 22.5431,114.0579,10") from exc
     return Place(latitude=latitude, longitude=longitude, accuracy_m=accuracy_m)
+
+
+def _egress_rules(arguments: argparse.Namespace) -> int:
+    print(commands.egress_rules(assembly.load(arguments.config)))
+    return 0
 
 
 def _reference(_: argparse.Namespace) -> int:

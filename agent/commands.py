@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -107,3 +108,27 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def egress_rules(setup: Setup) -> str:
+    """A systemd drop-in that lets the agent reach its endpoints' networks and nothing else."""
+    lines = [
+        f"# Written by `residency-agent egress-rules` from policy {setup.policy.version}.",
+        "# /etc/systemd/system/residency-agent.service.d/egress.conf",
+        "[Service]",
+        "IPAddressDeny=any",
+        "IPAddressAllow=localhost",
+    ]
+    for name, endpoint in sorted(setup.policy.endpoints.items()):
+        networks = endpoint.networks or _own_address(endpoint.host)
+        lines += [f"IPAddressAllow={network}" for network in networks]
+        if not networks:
+            lines.append(f"# endpoints.{name}: {endpoint.host} has no `networks`, so nothing can be allowed for it")
+    return "\n".join(lines)
+
+
+def _own_address(host: str) -> list[str]:
+    try:
+        return [str(ipaddress.ip_address(host))]
+    except ValueError:
+        return []

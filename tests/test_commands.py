@@ -1,0 +1,188 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent import __main__ as command_line
+from agent import assembly, commands, status
+from agent.entries import LedgerLimits
+from agent.errors import InvalidConfigError
+from agent.ledger import Ledger
+
+ROOT = Path(__file__).parent.parent
+AGENT = """
+[vehicle]
+source = "urn:example:1"
+name = "one"
+[intake]
+telemetry = ["vehicle/#"]
+[[position]]
+topic = "vehicle/gnss"
+"""
+POLICY = """
+version = "1"
+rules = [{ topic = "vehicle/#", action = "forward", class = "data" }]
+[regions.cn]
+countries = ["CN"]
+[endpoints.cn]
+host = "127.0.0.1"
+tls = false
+networks = ["192.0.2.0/24", "2001:db8::/32"]
+[endpoints.eu]
+host = "mqtt.example.com"
+[endpoints.fixed]
+host = "198.51.100.7"
+[classes.data]
+[permit.cn]
+data = ["cn"]
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "agent.toml").write_text(AGENT)
+    (tmp_path / "policy.toml").write_text(POLICY)
+    return tmp_path
+
+
+def mistakes(folder):
+    with pytest.raises(InvalidConfigError) as caught:
+        assembly.load(folder / "agent.toml")
+    return {mistake.key for mistake in caught.value.mistakes}
+
+
+def change(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_check_prints_what_would_be_published_where_and_warns(files, capsys):
+    assert command_line.main(["check", str(files / "agent.toml")]) == 0
+    printed = capsys.readouterr().out
+    assert "cn        cn" in printed
+    assert "unlisted  -" in printed
+    assert "(any other)  refuse" in printed
+    assert "warning: endpoints.eu is permitted to no region" in printed
+    assert "records are not signed" in printed
+
+
+def test_shipped_examples_fit_together():
+    setup = assembly.load(ROOT / "systemd" / "agent.example.toml")
+    printed = commands.check(setup)
+    assert "unlisted" in printed
+    assert "never reached" not in printed
+
+
+def test_mistakes_of_both_files_are_reported_at_once(files, capsys):
+    change(files / "agent.toml", '"vehicle/#"', '"vehicle/#", "vehicle/+"')
+    change(files / "policy.toml", 'data = ["cn"]', 'data = ["us"]')
+    assert mistakes(files) == {"intake", "permit.cn.data"}
+    assert command_line.main(["check", str(files / "agent.toml")]) == 2
+    printed = capsys.readouterr().err
+    assert f"{files / 'policy.toml'}: permit.cn.data: found 'us', wanted one of [endpoints]" in printed
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('topic = "vehicle/gnss"', 'topic = "vehicle/#/gnss"', "position[0].topic"),
+        ('telemetry = ["vehicle/#"]', "telemetry = []", "intake"),
+        ('name = "one"', 'name = "one"\nregistration = "FR"', "vehicle.registration"),
+        ('[[position]]\ntopic = "vehicle/gnss"', "", "position"),
+        ("[intake]", '[credentials.us]\nusername = "x"\n[intake]', "credentials.us"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(files, old, new, key):
+    change(files / "agent.toml", old, new)
+    assert mistakes(files) == {key}
+
+
+def test_own_borders_replace_the_shipped_ones_and_their_mistakes_are_named(files):
+    square = [[[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]]
+    feature = {
+        "type": "Feature",
+        "properties": {"iso1A2": "CN"},
+        "geometry": {"type": "Polygon", "coordinates": square},
+    }
+    (files / "own.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    change(files / "policy.toml", "[classes.data]", '[borders]\ngeojson = "own.geojson"\n[classes.data]')
+    borders = assembly.load(files / "agent.toml").borders()
+    assert borders.countries_near(0.5, 0.5, 10) == {"CN"}
+    (files / "own.geojson").unlink()
+    with pytest.raises(InvalidConfigError, match=r"borders\.geojson"):
+        assembly.load(files / "agent.toml").borders()
+
+
+def test_egress_rules_allow_the_networks_of_the_policy_and_nothing_else(files):
+    lines = commands.egress_rules(assembly.load(files / "agent.toml")).splitlines()
+    allowed = {line.removeprefix("IPAddressAllow=") for line in lines if line.startswith("IPAddressAllow=")}
+    assert allowed == {"localhost", "192.0.2.0/24", "2001:db8::/32", "198.51.100.7"}
+    assert "IPAddressDeny=any" in lines
+    assert any("mqtt.example.com has no `networks`" in line for line in lines)
+
+
+def test_status_of_an_agent_that_never_ran_is_a_clear_error(files, capsys):
+    assert command_line.main(["status", str(files / "agent.toml")]) == 1
+    assert "ledger.sqlite" in capsys.readouterr().err
+
+
+def test_status_of_a_stopped_agent_shows_its_counters(files, capsys):
+    (files / "state").mkdir()
+    Ledger.open(files / "state" / "ledger.sqlite", LedgerLimits()).close()
+    assert command_line.main(["status", str(files / "agent.toml")]) == 0
+    printed = capsys.readouterr().out
+    assert "agent       stopped" in printed
+    assert "conserved   0 = 0 + 0 + 0 + 0 + 0 + 0" in printed
+    assert command_line.main(["status", "--json", str(files / "agent.toml")]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"]["conserved"] is True
+
+
+def test_a_process_of_another_program_is_not_taken_for_the_agent():
+    with subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            assert not status._is_running(other.pid)
+            assert not status._is_running(None)
+        finally:
+            os.kill(other.pid, signal.SIGKILL)
+
+
+def test_status_file_that_was_cut_reads_as_nothing(tmp_path):
+    (tmp_path / "status.json").write_text('{"pid": 1')
+    assert status.read(tmp_path / "status.json") == {}
+    status.write(tmp_path / "status.json", {"a": 1})
+    assert status.read(tmp_path / "status.json") == {"a": 1}
+
+
+def test_asyncapi_and_reference_are_printed(capsys):
+    assert command_line.main(["asyncapi"]) == 0
+    assert '"asyncapi": "3.0.0"' in capsys.readouterr().out
+    assert command_line.main(["reference"]) == 0
+    assert "| `rules[].class` |" in capsys.readouterr().out
+
+
+def test_every_command_explains_itself():
+    for words in (["--help"], ["run", "--help"], ["check", "--help"], ["status", "--help"], ["audit", "--help"]):
+        result = subprocess.run([sys.executable, "-m", "agent", *words], capture_output=True, text=True, check=False)
+        assert result.returncode == 0
+        assert "usage: residency-agent" in result.stdout
+
+
+def test_wrong_usage_exits_with_two():
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(["explain", "agent.toml", "--topic", "x", "--at", "here"])
+    assert caught.value.code == 2
+
+
+def test_check_and_status_start_without_the_heavy_imports(files):
+    script = (
+        "import sys; from agent.__main__ import main; "
+        f"code = main(['check', {str(files / 'agent.toml')!r}]); "
+        "heavy = {'onnxruntime', 'PIL', 'paho.mqtt.client'} & set(sys.modules); sys.exit(10 if heavy else code)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

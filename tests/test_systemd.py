@@ -1,0 +1,84 @@
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent import systemd
+from agent.config import shipped_manifest
+
+UNIT = Path(__file__).parent.parent / "systemd" / "residency-agent.service"
+MOST_EXPOSURE = 1.5
+
+MDWE = """
+import ctypes, mmap, sys
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN (Linux 6.3)
+    sys.exit(77)
+try:
+    mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    sys.exit(78)
+except PermissionError:
+    pass
+import numpy
+from pathlib import Path
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from agent.detector import Detector
+Ed25519PrivateKey.generate().sign(b"x")
+Detector.open(Path(sys.argv[1])).detect(numpy.zeros((240, 320, 3), numpy.uint8))
+"""
+
+
+def test_notify_sends_its_lines_to_systemds_socket(tmp_path, monkeypatch):
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(path))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+        assert systemd.notify("READY=1", "STATUS=fine")
+        assert listener.recv(100) == b"READY=1\nSTATUS=fine"
+
+
+def test_notify_is_silent_where_nobody_listens(tmp_path, monkeypatch):
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not systemd.notify("READY=1")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    assert not systemd.notify("READY=1")
+
+
+def test_abstract_socket_is_reached(monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind("")  # autobind: the kernel chooses an abstract name
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + listener.getsockname()[1:].decode())
+        assert systemd.notify("WATCHDOG=1")
+        assert listener.recv(100) == b"WATCHDOG=1"
+
+
+def test_watchdog_is_fed_at_half_its_time_and_only_by_its_own_process(monkeypatch):
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    assert systemd.watchdog_seconds() == 15.0
+    monkeypatch.setenv("WATCHDOG_PID", "1")
+    assert systemd.watchdog_seconds() is None
+    monkeypatch.delenv("WATCHDOG_PID")
+    monkeypatch.delenv("WATCHDOG_USEC")
+    assert systemd.watchdog_seconds() is None
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_unit_exposes_little():
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(UNIT)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", result.stdout)
+    assert found, result.stderr
+    assert float(found[1]) <= MOST_EXPOSURE
+
+
+@pytest.mark.skipif(not shipped_manifest().is_file(), reason="the detector is not in this checkout")
+def test_detector_and_signatures_bear_memory_deny_write_execute():
+    command = [sys.executable, "-c", MDWE, str(shipped_manifest())]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == 77:
+        pytest.skip("this kernel has no PR_SET_MDWE")
+    assert result.returncode == 0, result.stderr
