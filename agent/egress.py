@@ -53,19 +53,22 @@ class _NamedContext(ssl.SSLContext):
         return super().wrap_socket(sock, **options)
 
 
-async def resolve(rules: PeerRules) -> str:
-    """An address of the endpoint that may be connected to; raises EndpointError. Cancelling is safe."""
+async def resolve(rules: PeerRules) -> tuple[str, ...]:
+    """The endpoint's addresses, each of which may be connected to, best first; raises EndpointError. Never empty.
+
+    A host that is an address asks no resolver. Cancelling is safe.
+    """
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(RESOLVE_SECONDS):
             found = await loop.getaddrinfo(rules.host, rules.port, type=socket.SOCK_STREAM)
     except (OSError, TimeoutError) as exc:
         raise EndpointError(f"{rules.host}: cannot be resolved: {exc}") from exc
-    addresses = [str(entry[4][0]) for entry in found]
+    addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
     outside = [address for address in addresses if not inside(address, rules.networks)]
     if outside or not addresses:
         raise EndpointError(f"{rules.host} resolves to {outside or 'nothing'}, outside its networks")
-    return addresses[0]
+    return addresses
 
 
 def inside(address: str, networks: Sequence[str]) -> bool:
@@ -89,10 +92,15 @@ def tls_context(rules: PeerRules) -> ssl.SSLContext | None:
         else:
             context.load_default_certs()
         if rules.cert_file:
-            context.load_cert_chain(rules.cert_file, rules.key_file or None)
+            context.load_cert_chain(rules.cert_file, rules.key_file or None, password=_no_passphrase)
     except (OSError, ssl.SSLError) as exc:
         raise EndpointError(f"{rules.host}: its TLS files cannot be used: {exc}") from exc
     return context
+
+
+def _no_passphrase() -> str:
+    """Without it OpenSSL asks for the passphrase of an encrypted key on the terminal, and waits."""
+    return ""
 
 
 def peer_check(rules: PeerRules) -> Callable[[SocketLike], None]:

@@ -39,6 +39,13 @@ _NUMBERS = itertools.count(1)
 MAX_READS = 64  # packets per readiness event, so that one busy session cannot starve the loop
 
 
+class _DirectClient(Client):
+    """A client that connects to the address it is given, whatever `mqtt_proxy` in the environment says."""
+
+    def _get_proxy(self) -> None:
+        """No proxy: its address was not judged, and it would see the traffic."""
+
+
 class Connection:
     """One connection. Use: `await open()`, then the methods, until `closed` is done; then throw it away."""
 
@@ -74,7 +81,7 @@ class Connection:
 
     def _make_client(self) -> Client:
         session, is_v5 = self._session, self._session.protocol == "5"
-        client = Client(
+        client = _DirectClient(
             CallbackAPIVersion.VERSION2,
             client_id=session.client_id,
             protocol=MQTTProtocolVersion.MQTTv5 if is_v5 else MQTTProtocolVersion.MQTTv311,

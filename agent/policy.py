@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,11 +38,11 @@ class Cleared:
 
     record: Record
     endpoint: str
-    seal: object = field(repr=False)
+    seal: InitVar[object]  # not kept, so that `dataclasses.replace` cannot carry it to another record
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, seal: object) -> None:
         """Refuse to exist without the policy's seal."""
-        if self.seal is not _SEAL:
+        if seal is not _SEAL:
             msg = "only Policy.clear makes a Cleared"
             raise TypeError(msg)
 

@@ -1,7 +1,7 @@
 """Bringing records to their endpoints: one `Uplink` per endpoint, never re-pointed.
 
 Invariants:
-- A record is published only through `Policy.clear`, checked at the last line before the publish.
+- A record is published only through an `Outlet`, which takes nothing but what `Policy.clear` made the moment before.
 - A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again.
 - At most the endpoint's window is in flight; no record is in flight at two endpoints at a time.
 - Urgent records go first; then live ones, with a share for the backlog, so that both always move.
@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 import time
@@ -19,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agent import addressing, envelope
 from agent.backoff import delays
 from agent.board import Board
 from agent.committer import Committer
@@ -29,7 +29,8 @@ from agent.errors import AgentError, EndpointError
 from agent.ledger import Ledger
 from agent.messages import Priority, Record
 from agent.mqtt import Connection
-from agent.packets import Outgoing, Puback, Session
+from agent.outlet import Outlet
+from agent.packets import Puback, Session
 from agent.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0  # the longest that a stored record waits for a missed wake-up
 BACKLOG_SHARE = 4  # one of so many places in the window belongs to the backlog
 STABLE_SECONDS = 30.0
-SECOND = 10**9
 RETRY_LATER = frozenset({0x80, 0x83, 0x97})  # MQTT 5.0, 3.4.2.1: Unspecified, Implementation specific, Quota exceeded
 
 
@@ -77,6 +77,7 @@ class Uplink:
         self._in_flight: dict[asyncio.Future[Puback], Record] = {}
         self._settling: set[asyncio.Task[None]] = set()
         self._wake = board.stored.setdefault(options.name, asyncio.Event())
+        self._attempts = itertools.count()
         self._progress = time.monotonic()
         self._draining = False
         self._idle = asyncio.Event()
@@ -117,7 +118,8 @@ class Uplink:
 
     async def _serve(self) -> None:
         options = self._options
-        address = await resolve(options.peer)
+        addresses = await resolve(options.peer)
+        address = addresses[next(self._attempts) % len(addresses)]
         tls = await asyncio.to_thread(tls_context, options.peer)
         session = replace(options.session, host=address, tls=tls)
         connection = Connection(session, check_peer=peer_check(options.peer))
@@ -147,13 +149,14 @@ class Uplink:
         window = min(self._options.in_flight, connection.receive_maximum)
         newest = self._committer.ledger.last_key
         ready: deque[Record] = deque()
+        outlet = self._outlet(connection)
         try:
             while not connection.closed.done():
                 self._wake.clear()
                 if len(ready) <= window // 2 and not self._draining:
                     ready += await self._next(window - len(ready), newest)
                 while ready and len(self._in_flight) < window and not self._draining:
-                    await self._send(connection, ready.popleft())
+                    await self._send(outlet, ready.popleft())
                 if not ready or len(self._in_flight) >= window or self._draining:
                     await self._wait(connection)
                 self._check_progress()
@@ -184,31 +187,22 @@ class Uplink:
         """(limit, after, until) of the live records, of the backlog's share, and of the live ones again."""
         return [(room - room // BACKLOG_SHARE, newest, None), (room, 0, newest), (room, newest, None)]
 
-    async def _send(self, connection: Connection, record: Record) -> None:
+    def _outlet(self, connection: Connection) -> Outlet:
+        options = self._options
+        return Outlet(
+            connection, endpoint=options.name, vehicle=options.vehicle, topic=options.topic, wire=options.wire
+        )
+
+    async def _send(self, outlet: Outlet, record: Record) -> None:
         cleared = self._policy().clear(record, self._options.name, self._registration)
         if cleared is None:
             await self._committer.submit(Withdrawn(id=record.id, reason="policy.withdrawn", time_ns=time.time_ns()))
             self._board.claimed.discard(record.id)
             return
-        outgoing = self._outgoing(cleared.record)
-        if connection.maximum_packet_size is not None and len(outgoing.payload) > connection.maximum_packet_size - 4096:
-            await self._settle(record, Puback(code=0x95))
-            return
-        future = connection.publish(outgoing)
+        future = outlet.publish(cleared, time.time_ns())
         self._in_flight[future] = record
         self._idle.clear()
         future.add_done_callback(self._on_puback)
-
-    def _outgoing(self, record: Record) -> Outgoing:
-        opened = envelope.unpack(record.envelope)
-        attributes, binary = opened.attributes, self._options.wire == "binary"
-        return Outgoing(
-            topic=addressing.topic(self._options.topic, attributes, self._options.vehicle),
-            payload=opened.data if binary else record.envelope,
-            content_type=attributes.datacontenttype if binary else envelope.CONTENT_TYPE,
-            properties=envelope.properties(attributes, opened.signature if binary else None),
-            expiry_s=max((record.expires_ns - time.time_ns()) // SECOND, 1),
-        )
 
     def _on_puback(self, future: asyncio.Future[Puback]) -> None:
         record = self._in_flight.pop(future, None)

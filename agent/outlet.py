@@ -1,0 +1,55 @@
+"""The one way from the ledger to an endpoint.
+
+Invariants:
+- It takes a `Cleared`, which only `Policy.clear` makes, and only one for its own endpoint; TypeError for all else.
+- No other module makes a PUBLISH out of a record: tests/test_egress.py reads the imports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from agent import addressing, envelope
+from agent.messages import Record
+from agent.mqtt import Connection
+from agent.packets import Outgoing, Puback
+from agent.policy import Cleared
+
+SECOND = 10**9
+PACKET_SLACK = 4096  # bytes of an MQTT packet besides the payload: topic, properties, headers
+TOO_LARGE = Puback(code=0x95)  # MQTT 5.0, 2.4: Packet too large
+
+
+class Outlet:
+    """One connection to one endpoint, for records that were cleared for it. `topic` is the endpoint's template."""
+
+    def __init__(self, connection: Connection, *, endpoint: str, vehicle: str, topic: str, wire: str) -> None:
+        self._connection = connection
+        self._endpoint = endpoint
+        self._vehicle = vehicle
+        self._topic = topic
+        self._binary = wire == "binary"
+
+    def publish(self, cleared: Cleared, now_ns: int) -> asyncio.Future[Puback]:
+        """Publish at QoS 1; the future gives the PUBACK, or our own one for a record that the endpoint cannot take."""
+        if not isinstance(cleared, Cleared) or cleared.endpoint != self._endpoint:
+            msg = f"not cleared for {self._endpoint}"
+            raise TypeError(msg)
+        outgoing = self._outgoing(cleared.record, now_ns)
+        largest = self._connection.maximum_packet_size
+        if largest is None or len(outgoing.payload) <= largest - PACKET_SLACK:
+            return self._connection.publish(outgoing)
+        refused: asyncio.Future[Puback] = asyncio.get_running_loop().create_future()
+        refused.set_result(TOO_LARGE)
+        return refused
+
+    def _outgoing(self, record: Record, now_ns: int) -> Outgoing:
+        opened = envelope.unpack(record.envelope)
+        attributes = opened.attributes
+        return Outgoing(
+            topic=addressing.topic(self._topic, attributes, self._vehicle),
+            payload=opened.data if self._binary else record.envelope,
+            content_type=attributes.datacontenttype if self._binary else envelope.CONTENT_TYPE,
+            properties=envelope.properties(attributes, opened.signature if self._binary else None),
+            expiry_s=max((record.expires_ns - now_ns) // SECOND, 1),
+        )
