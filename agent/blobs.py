@@ -4,7 +4,7 @@ Invariants
 - A file is complete and synced, and so is its directory entry, before the transaction that names it commits.
 - A file is unlinked only after the transaction that forgot it has committed. A crash in between leaves a file that
   nothing names: `orphans` finds it.
-- Numbers are never used twice, so a file is never overwritten.
+- A number is used again only where the transaction that used it failed.
 
 Layout: `<directory>/<number, 16 hex digits>` holds one envelope and nothing else; its length and CRC-32 stand in the
 ledger's row.
@@ -31,7 +31,7 @@ class Blobs:
     def write(self, number: int, data: bytes) -> None:
         """Write and sync one file; `sync_names` makes its name durable."""
         self.directory.mkdir(exist_ok=True)
-        file = os.open(self._path(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        file = os.open(self._path(number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             view = memoryview(data)
             while view:

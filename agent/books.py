@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from agent import tally
 from agent.audit import GENESIS, Head
 from agent.entries import IntakeKey
+from agent.lanes import Lane
 
 MAX_SESSIONS = 16  # sessions whose packet identifiers are kept; the agent itself uses two
 
 BASE = "audit.base"  # meta: number and hash of the last dropped audit row
 AUDIT_CELL = (tally.AUDIT, tally.TOTAL, "")
-
-Lane = tuple[str, str]  # regions joined by commas, endpoints joined by line feeds
 
 
 @dataclass(slots=True)

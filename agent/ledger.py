@@ -25,7 +25,7 @@ from pathlib import Path
 
 from agent import retention, tally, upkeep
 from agent.blobs import Blobs
-from agent.books import Books, load, read_cells
+from agent.books import load, read_cells
 from agent.entries import (
     MIB,
     Counts,
@@ -33,6 +33,7 @@ from agent.entries import (
     Entry,
     IntakeKey,
     LedgerLimits,
+    Noted,
     Rejected,
     Spooled,
     Store,
@@ -41,6 +42,7 @@ from agent.entries import (
 )
 from agent.errors import LedgerEntryError, LedgerStalledError
 from agent.messages import Priority, Record
+from agent.salvage import salvage
 from agent.spool import Spool, serves
 from agent.storage import Reserve, beside, connect, lock, read_only, translated
 from agent.transaction import Transaction
@@ -61,14 +63,14 @@ class Ledger:
         self._reserve = Reserve(path, limits.reserve_bytes)
         self._lock = lock(path)
         self._sealed = 0
-        self.incidents: tuple[str, ...] = ()
         try:
-            self._connection, self.incidents = connect(path, limits.journal_bytes)
-            self._books: Books = load(self._connection, limits.intake_window)
+            opened = connect(path, limits.journal_bytes, lambda connection: load(connection, limits.intake_window))
         except BaseException:
             os.close(self._lock)
             raise
+        self._connection, self._books, self._aside = opened.connection, opened.loaded, opened.aside
         self._spool = Spool(self._connection, self._books, self._blobs)
+        self.incidents = opened.incidents
 
     @staticmethod
     def open(
@@ -76,13 +78,25 @@ class Ledger:
     ) -> Ledger:
         """Open or create the ledger at `path`; `incidents` tells what had to be set aside.
 
-        LedgerError: a newer schema, another process, a directory that cannot be written.
+        What can be read of damaged files is carried over. LedgerError: a newer schema, another process, a directory
+        that cannot be written.
         """
         with translated(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             ledger = Ledger(path, limits, seal)
-            ledger._reserve.take()
+            ledger._recover()
             return ledger
+
+    def _recover(self) -> None:
+        """Carry over what can be read of damaged files; notice that the journal lost what the seal remembers."""
+        if self._aside is not None:
+            self.incidents += (salvage(self._aside, self._transaction),)
+        seal = upkeep.read_seal(self._path)
+        if seal is not None and seal.head.n > self._books.head.n:
+            what = f"sealed at {seal.head.n} {seal.head.digest.hex()}, found {self._books.head.n}"
+            self.incidents += (f"{self._path.name} is older than its seal: {what}",)
+            self.commit([Noted(name="audit.rollback", value=what, time_ns=time.time_ns())])
+        self._reserve.take()
 
     def commit(self, entries: Sequence[Entry]) -> None:
         """Make entries durable in one transaction.
@@ -116,18 +130,26 @@ class Ledger:
             try:
                 yield transaction
                 head = transaction.finish()
+            except BaseException:
+                self._roll_back()
+                self._remove_files(transaction.delta.written)
+                raise
+            try:
                 self._connection.execute("COMMIT")
             except BaseException:
-                self._roll_back(transaction)
+                self._roll_back()  # the files stay: after a crash now, the journal may turn out to hold the commit
                 raise
             self._books.adopt(transaction.delta, head)
-            self._blobs.remove(transaction.delta.unneeded)
+            self._remove_files(transaction.delta.unneeded)
 
-    def _roll_back(self, transaction: Transaction) -> None:
+    def _roll_back(self) -> None:
         with contextlib.suppress(sqlite3.Error):
             self._connection.execute("ROLLBACK")
+
+    def _remove_files(self, numbers: list[int]) -> None:
+        """Unlink what no record names; what cannot be unlinked now, a sweep finds."""
         with contextlib.suppress(OSError):
-            self._blobs.remove(transaction.delta.written)
+            self._blobs.remove(numbers)
 
     def _use_reserve(self) -> bool:
         """Free the reserve and move the journal into the database, so that deletes have room; False: no use."""
@@ -166,7 +188,7 @@ class Ledger:
     def spooled(self, *, limit: int, after: int = 0, max_bytes: int = READ_BYTES) -> list[Spooled]:
         """Pending and held records by arrival, keys above `after`."""
         with translated(self._path):
-            return self._checked(self._spool.take(self._spool.everything(after), limit, max_bytes))
+            return self._checked(self._spool.take(self._spool.between(after), limit, max_bytes))
 
     def find(self, name: str) -> Record | None:
         """The record with this id, while it is pending or held."""

@@ -11,10 +11,10 @@ import sqlite3
 from collections.abc import Collection, Iterator, Mapping
 
 from agent import tally
-from agent.books import Lane
 from agent.entries import LedgerLimits
+from agent.lanes import Gone, Lane
 from agent.messages import Priority, State
-from agent.transaction import Gone, Transaction
+from agent.transaction import Transaction
 
 LIMIT = "ledger.limit"
 TTL = "ledger.ttl"

@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from agent.blobs import Blobs
-from agent.books import Books, Lane
+from agent.books import Books
 from agent.entries import Spooled
+from agent.lanes import Lane
 from agent.messages import Basis, Capture, Priority, Record, State
 
 _IN_LANE = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
@@ -22,7 +23,7 @@ _IN_LANE = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, se
     WHERE lane = ? AND priority = ? AND key > ? AND key <= ? ORDER BY key"""
 _ALL = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
-    WHERE key > ? ORDER BY key"""
+    WHERE key > ? AND key <= ? ORDER BY key"""
 _NAMED = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
     WHERE id = ?"""
@@ -68,9 +69,9 @@ class Spool:
         rows = (self._rows(lane, priority, after, _NO_LIMIT) for lane in lanes for priority in Priority)
         return heapq.merge(*rows, key=lambda row: row[0])
 
-    def everything(self, after: int) -> Rows:
-        """All rows by arrival."""
-        return self._connection.execute(_ALL, (after,))
+    def between(self, after: int, until: int = _NO_LIMIT) -> Rows:
+        """All rows by arrival; keys in (`after`, `until`]."""
+        return self._connection.execute(_ALL, (after, until))
 
     def named(self, name: str) -> Rows:
         """The row of one record, or none."""

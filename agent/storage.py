@@ -3,7 +3,7 @@
 Invariants
 - One process at a time writes: an advisory lock on `<name>.lock` is held from opening to closing.
 - A damaged file is never a reason not to start: database, journal, spool files and seal are renamed to
-  `<name>.corrupt-<n>...`, reported, and new ones begun. Only the last `KEPT_ASIDE` of these are kept.
+  `<name>.corrupt-<n>...`, and new ones begun. Only the last one set aside is kept.
 - A file of a newer schema is refused and left alone; one of an older schema is migrated in one transaction.
 - What is checked at the start is bounded: file size against header, the schema, the small tables. Damage that shows
   later leaves a mark (`<name>.suspect`), and the next start checks the whole file.
@@ -20,15 +20,16 @@ import fcntl
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from agent.blobs import sync_directory
 from agent.errors import LedgerCorruptError, LedgerError, LedgerStalledError
 
 APPLICATION_ID = 0x52734167  # "RsAg", so that `file` and we can tell whose database it is
 SCHEMA_VERSION = 2
-KEPT_ASIDE = 2
 PAGE_BYTES = 1024  # a commit of one record touches about 10 pages: 19 kB on the device; with 4096, 44 kB
 
 # Why each: NORMAL locking lets `status` read; FULL syncs the journal at every commit; secure_delete FAST clears deleted
@@ -87,6 +88,9 @@ _DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sql
 _DISK_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
+Loaded = TypeVar("Loaded")
+
+
 def beside(path: Path, suffix: str) -> Path:
     """A file of the ledger's family."""
     return path.with_name(path.name + suffix)
@@ -125,21 +129,35 @@ def lock(path: Path) -> int:
     return file
 
 
-def connect(path: Path, journal_bytes: int) -> tuple[sqlite3.Connection, tuple[str, ...]]:
-    """Open or create the database, its journal written back beyond `journal_bytes`; incidents tell what was set aside.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened(Generic[Loaded]):
+    """An open database, what `load` read from it, and where its damaged predecessor went, if there was one."""
 
-    sqlite3.Error, OSError or LedgerError.
+    connection: sqlite3.Connection
+    loaded: Loaded
+    aside: Path | None = None
+    incidents: tuple[str, ...] = ()
+
+
+def connect(path: Path, journal_bytes: int, load: Callable[[sqlite3.Connection], Loaded]) -> Opened[Loaded]:
+    """Open or create the database, its journal written back beyond `journal_bytes`, and `load` from it.
+
+    Damage, also where `load` finds nonsense (ValueError, TypeError), sets the files aside. sqlite3.Error, OSError or
+    LedgerError where that does not help.
     """
-    incidents: list[str] = []
-    if not path.exists() and beside(path, ".seal").exists():
-        incidents.append(set_aside(path, "the database is gone, its seal is not"))
     try:
-        return _open_checked(path, journal_bytes), tuple(incidents)
+        if not path.exists() and beside(path, ".seal").exists():
+            raise _damage("the database is gone, its seal is not")
+        connection, loaded = _open_checked(path, journal_bytes, load)
+        return Opened(connection=connection, loaded=loaded)
     except sqlite3.DatabaseError as exc:
         if getattr(exc, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:
             raise
-        incidents.append(set_aside(path, str(exc)))
-    return _open_checked(path, journal_bytes), tuple(incidents)
+        why = str(exc)
+    aside = set_aside(path)
+    connection, loaded = _open_checked(path, journal_bytes, load)
+    incident = f"{path.name} set aside as {aside.name}: {why}"
+    return Opened(connection=connection, loaded=loaded, aside=aside, incidents=(incident,))
 
 
 def read_only(path: Path) -> sqlite3.Connection:
@@ -149,7 +167,9 @@ def read_only(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _open_checked(path: Path, journal_bytes: int) -> sqlite3.Connection:
+def _open_checked(
+    path: Path, journal_bytes: int, load: Callable[[sqlite3.Connection], Loaded]
+) -> tuple[sqlite3.Connection, Loaded]:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
     try:
         connection.executescript(PRAGMAS)
@@ -157,10 +177,13 @@ def _open_checked(path: Path, journal_bytes: int) -> sqlite3.Connection:
         connection.execute(f"PRAGMA journal_size_limit={journal_bytes}")
         _prepare_schema(connection, path)
         _check(connection, path)
+        return connection, load(connection)
+    except (ValueError, TypeError) as exc:
+        connection.close()
+        raise _damage(str(exc)) from exc
     except BaseException:
         connection.close()
         raise
-    return connection
 
 
 def _prepare_schema(connection: sqlite3.Connection, path: Path) -> None:
@@ -201,22 +224,20 @@ def _damage(what: str) -> sqlite3.DatabaseError:
     return error
 
 
-def set_aside(path: Path, why: str) -> str:
-    """Rename the whole family of a damaged ledger, drop the oldest such family, say what was done."""
+def set_aside(path: Path) -> Path:
+    """Rename the whole family of a damaged ledger, drop the one that was set aside before; the new name."""
     taken = [int(file.name.rpartition("-")[2]) for file in _aside(path)]
-    number = max(taken, default=0) + 1
-    for old in sorted(taken)[: max(0, len(taken) + 1 - KEPT_ASIDE)]:
-        _remove_family(beside(path, f".corrupt-{old}"))
-    beside(path, ".reserve").unlink(missing_ok=True)
-    beside(path, "-shm").unlink(missing_ok=True)
-    beside(path, ".suspect").unlink(missing_ok=True)
-    target = beside(path, f".corrupt-{number}")
-    target.touch()
+    target = beside(path, f".corrupt-{max(taken, default=0) + 1}")
+    for old in _aside(path):
+        _remove_family(old)
+    for suffix in (".reserve", "-shm", ".suspect"):
+        beside(path, suffix).unlink(missing_ok=True)
     for suffix in ("-wal", ".files", ".seal", ""):
         if beside(path, suffix).exists():
             beside(path, suffix).replace(beside(target, suffix))
+    target.touch()
     sync_directory(path.parent)
-    return f"{path.name} set aside as {target.name}: {why}"
+    return target
 
 
 def _aside(path: Path) -> list[Path]:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from agent import audit, tally
 from agent.blobs import Blobs
-from agent.books import AUDIT_CELL, BASE, Books, Delta, Lane
+from agent.books import AUDIT_CELL, BASE, Books, Delta
 from agent.entries import (
     Delivered,
     Entry,
@@ -30,9 +29,9 @@ from agent.entries import (
     Store,
     Withdrawn,
 )
+from agent.lanes import Gone, Lane, Row, lane_of, subject_of
 from agent.messages import Record, Redaction, State
 
-RECORD_OVERHEAD = 512  # bytes that a record takes beside its envelope: row, index entries, audit row
 AUDIT_OVERHEAD = 64  # bytes of an audit block beside its rows
 TOO_LARGE = "ledger.too-large"
 
@@ -45,44 +44,8 @@ _UPDATE = """UPDATE record SET (id, lane, priority, class, size, expires_ns, rec
 _DELETE = "DELETE FROM record WHERE id = ? RETURNING key, id, lane, priority, class, size, file"
 _SELECT = """SELECT key, id, lane, priority, class, size, file, time_ns, monotonic_ns, doubt_ns, boot
     FROM record WHERE id = ?"""
-Gone = tuple[int, str, int, int, str, int, int | None]  # key, id, lane, priority, class, size, file
 _COUNTER = """INSERT INTO counter VALUES (?, ?, ?, ?, ?)
     ON CONFLICT DO UPDATE SET number = number + excluded.number, bytes = bytes + excluded.bytes"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """What is needed of a stored record to end or change it."""
-
-    key: int
-    id: str
-    lane: Lane
-    data_class: str
-    size: int
-    file: int | None
-
-    @property
-    def state(self) -> State:
-        """A record without a route is held."""
-        return State.PENDING if self.lane[1] else State.HELD
-
-    @property
-    def subject(self) -> tally.Subject:
-        """What the counters need."""
-        return tally.Subject(regions=self.lane[0], data_class=self.data_class, size=self.size)
-
-
-def lane_of(record: Record) -> Lane:
-    """The lane of a record; ValueError where state and route contradict each other."""
-    if record.state not in {State.PENDING, State.HELD} or (record.state is State.PENDING) != bool(record.route):
-        msg = f"record {record.id}: state {record.state} with route {record.route}"
-        raise ValueError(msg)
-    return ",".join(record.regions), "\n".join(record.route)
-
-
-def spool_size(record: Record) -> int:
-    """Bytes that the limits count for a record."""
-    return len(record.envelope) + RECORD_OVERHEAD
 
 
 class Transaction:
@@ -136,27 +99,36 @@ class Transaction:
             self.delta.intakes.append(intake)
 
     def _store(self, entry: Store) -> None:
-        record, lane = entry.record, lane_of(entry.record)
-        subject = tally.Subject(regions=lane[0], data_class=record.data_class, size=spool_size(record))
+        record, subject = entry.record, subject_of(entry.record)
         self._received(entry.intake)
-        facts: dict[str, object] = {"id": record.id, "class": record.data_class, "candidates": lane[0]}
-        facts |= {"reason": entry.reason, "route": ",".join(record.route), **_redaction(entry.redaction)}
-        key = self._audit("stored", record.recorded_ns, decision=str(record.state), **facts)
-        self._number(lane[0], record.sequence)
+        facts = {"reason": entry.reason, **_redaction(entry.redaction)}
         if subject.size > min(self._limits.lane_bytes, self._limits.total_bytes):
+            self._audit_record("stored", record, record.recorded_ns, **facts)
+            self._number(record)
             self._evicted(record.id, subject, TOO_LARGE, record.recorded_ns)
             return
-        self._execute(_INSERT, (*self._columns(record, lane, key), key))
-        tally.step(self.delta.cells, record.state, subject)
+        self.insert(record, "stored", **facts)
 
-    def _columns(self, record: Record, lane: Lane, number: int) -> tuple[object, ...]:
+    def insert(self, record: Record, what: str, **facts: object) -> None:
+        """Put a record into the spool; its key is the number of the audit row that says `what` happened."""
+        key = self._audit_record(what, record, record.recorded_ns, **facts)
+        self._number(record)
+        self._execute(_INSERT, (*self._columns(record, key), key))
+        tally.step(self.delta.cells, record.state, subject_of(record))
+
+    def _audit_record(self, what: str, record: Record, time_ns: int, **facts: object) -> int:
+        candidates, route = ",".join(record.regions), ",".join(record.route)
+        fixed = {"id": record.id, "class": record.data_class, "candidates": candidates, "route": route}
+        return self._audit(what, time_ns, decision=str(record.state), **fixed, **facts)
+
+    def _columns(self, record: Record, number: int) -> tuple[object, ...]:
         capture, data = record.capture, record.envelope
         file = number if len(data) > self._limits.inline_bytes else None
         if file is not None:
             self.delta.written.append(file)
             self._blobs.write(file, data)
         return (
-            *(record.id, self._lane(lane), int(record.priority), record.data_class, spool_size(record)),
+            *(record.id, self._lane(lane_of(record)), int(record.priority), record.data_class, subject_of(record).size),
             *(record.expires_ns, record.recorded_ns, record.sequence, str(record.basis), record.topic),
             *(capture.time_ns, capture.monotonic_ns, capture.doubt_ns, capture.boot_id),
             *(zlib.crc32(data), file, data if file is None else None),
@@ -169,14 +141,12 @@ class Transaction:
             self.delta.lanes[lane] = number
         return int(number)
 
-    def _number(self, regions: str, sequence: int) -> None:
-        name = (tally.SEQUENCE, tally.REGION, regions)
-        before = self._books.sequence(regions)
+    def _number(self, record: Record) -> None:
+        """Keep the last sequence number of the record's regions."""
+        regions = ",".join(record.regions)
+        name, before = (tally.SEQUENCE, tally.REGION, regions), self._books.sequence(regions)
         last = max(before, 0) + self.delta.cells.get(name, (0, 0))[0]
-        if before < 0 and sequence == 0:
-            self.delta.cells.setdefault(name, (0, 0))
-        if sequence > last:
-            tally.add(self.delta.cells, name, sequence - last)
+        tally.add(self.delta.cells, name, max(0, record.sequence - last))
 
     def _refuse(self, entry: Refused) -> None:
         subject = tally.Subject(regions=",".join(entry.regions), data_class=entry.data_class or "")
@@ -213,27 +183,20 @@ class Transaction:
         self._audit(str(state), time_ns, id=row.id, **facts)
 
     def _change(self, record: Record, what: str, reason: str, time_ns: int) -> None:
-        lane = lane_of(record)
         found = self._execute(_SELECT, (record.id,)).fetchone()
         if found is None:
             tally.add(self.delta.cells, (tally.LATE, tally.TOTAL, ""), 1)
             self._audit("late", time_ns, id=record.id, decision=what)
             return
-        row, capture = self._row(found[:7]), record.capture
-        same_capture = found[7:] == (capture.time_ns, capture.monotonic_ns, capture.doubt_ns, capture.boot_id)
-        if not same_capture or not set(record.regions) <= set(row.lane[0].split(",")):
-            msg = f"record {record.id}: its capture or regions {row.lane[0]} may not become {lane[0]}"
-            raise ValueError(msg)
-        subject = tally.Subject(regions=lane[0], data_class=record.data_class, size=spool_size(record))
-        facts: dict[str, object] = {"id": record.id, "class": record.data_class, "candidates": lane[0]}
-        facts |= {"reason": reason, "route": ",".join(record.route)}
-        number = self._audit(what, time_ns, decision=str(record.state), **facts)
-        self._execute(_UPDATE, (*self._columns(record, lane, number), row.key))
+        row = self._row(found[:7])
+        _check_change(record, row, found[7:])
+        number = self._audit_record(what, record, time_ns, reason=reason)
+        self._execute(_UPDATE, (*self._columns(record, number), row.key))
         if row.file is not None:
             self.delta.unneeded.append(row.file)
-        self._number(lane[0], record.sequence)
+        self._number(record)
         tally.step(self.delta.cells, row.state, row.subject, -1)
-        tally.step(self.delta.cells, record.state, subject)
+        tally.step(self.delta.cells, record.state, subject_of(record))
 
     def remove(self, gone: Gone, state: State, reason: str, time_ns: int) -> int:
         """End one record, given its `GONE` columns, for a reason of the ledger's own; bytes that this frees."""
@@ -286,6 +249,15 @@ class Transaction:
         tally.step(self.delta.cells, State.EVICTED, subject, marks={"reason": reason})
         facts: dict[str, object] = {"class": subject.data_class, "candidates": subject.regions, "reason": reason}
         self._audit("evicted", time_ns, id=name, **facts)
+
+
+def _check_change(record: Record, row: Row, moment: tuple[int, int, int, str]) -> None:
+    """Raise ValueError where a change would move the capture or widen the regions."""
+    capture = record.capture
+    same = moment == (capture.time_ns, capture.monotonic_ns, capture.doubt_ns, capture.boot_id)
+    if not same or not set(record.regions) <= set(row.lane[0].split(",")):
+        msg = f"record {record.id}: its capture and regions {row.lane[0]} may not become those of {record.regions}"
+        raise ValueError(msg)
 
 
 def _redaction(redaction: Redaction | None) -> dict[str, object]:

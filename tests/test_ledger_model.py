@@ -2,22 +2,20 @@
 
 import os
 import shutil
-import tempfile
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
-from ledger_samples import NOW, SECOND, delivered, opened, refused, store
+from ledger_samples import NOW, SECOND, delivered, in_memory, opened, refused, store
 
 from agent.audit_cli import verify
 from agent.entries import IntakeKey, Rejected, Released, Withdrawn
 from agent.errors import LedgerEntryError
+from agent.lanes import RECORD_OVERHEAD
 from agent.messages import Priority, State
-from agent.transaction import RECORD_OVERHEAD
 
 LANE, TOTAL, INLINE = 6000, 14_000, 1000
 REGIONS = (("cn",), ("hk",), ("cn", "hk"))
@@ -56,7 +54,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self):
-        self.root = Path(tempfile.mkdtemp(prefix="ledger-model-"))
+        self.root = in_memory()
         self.generation = self.number = self.seconds = 0
         self.model, self.recent = Model(), {}
         self.open()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from faultdisk import CrashImage, FaultDisk
-from ledger_samples import NOW, SECOND, delivered, numbers, opened, record, store
+from ledger_samples import NOW, SECOND, delivered, in_memory, numbers, opened, record, store
 
 from agent.audit_cli import verify
 from agent.entries import Released
@@ -43,6 +43,13 @@ def workload(ledger, disk, rng):
             disk.mark(facts(ledger))
 
 
+@pytest.fixture
+def images():
+    directory = in_memory()
+    yield directory
+    shutil.rmtree(directory)
+
+
 @pytest.fixture(scope="module")
 def journal(tmp_path_factory):
     directory = tmp_path_factory.mktemp("source")
@@ -54,7 +61,7 @@ def journal(tmp_path_factory):
     return directory, disk.journal
 
 
-def test_every_acknowledged_commit_survives_a_power_cut_at_any_moment(journal, tmp_path):
+def test_every_acknowledged_commit_survives_a_power_cut_at_any_moment(journal, images):
     source, steps = journal
     marks = [index for index, step in enumerate(steps) if step.kind == "mark"]
     rng = random.Random(2)
@@ -62,7 +69,7 @@ def test_every_acknowledged_commit_survives_a_power_cut_at_any_moment(journal, t
         cut = rng.randrange(marks[0] + 1, len(steps))
         before = max(index for index in marks if index < cut)
         after = [index for index in marks if index >= cut][:1]
-        target = tmp_path / "cut"
+        target = images / "cut"
         CrashImage(steps[:cut]).write_to(target, source, rng)
         ledger = opened(target / "ledger.db", **LIMITS)
         assert ledger.incidents == ()
@@ -79,12 +86,12 @@ def test_every_acknowledged_commit_survives_a_power_cut_at_any_moment(journal, t
         shutil.rmtree(target)
 
 
-def test_power_cut_while_the_ledger_is_created_leaves_one_that_opens(journal, tmp_path):
+def test_power_cut_while_the_ledger_is_created_leaves_one_that_opens(journal, images):
     source, steps = journal
     first = next(index for index, step in enumerate(steps) if step.kind == "mark")
     rng = random.Random(3)
     for cut in range(first):
-        target = tmp_path / str(cut)
+        target = images / str(cut)
         CrashImage(steps[:cut]).write_to(target, source, rng)
         ledger = opened(target / "ledger.db", **LIMITS)
         ledger.commit([store(1)])
