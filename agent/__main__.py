@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--topic", required=True)
     explain.add_argument("--at", type=_place, metavar="LAT,LON,ACCURACY_M", help="without it: no fix")
     add("egress-rules", _egress_rules, "print a systemd drop-in that allows the policy's networks and nothing else")
+    add("doctor", _doctor, "try brokers, TLS, clock, disk and model, and say what to do about each failure")
     reference = commands_.add_parser("reference", help="print every key of both files as Markdown")
     reference.set_defaults(run=_reference)
     document = commands_.add_parser("asyncapi", help="print the AsyncAPI document of the stream")
@@ -131,6 +132,19 @@ def _place(text: str) -> Place:
 def _egress_rules(arguments: argparse.Namespace) -> int:
     print(commands.egress_rules(assembly.load(arguments.config)))
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from agent import doctor  # noqa: PLC0415 - as in `_run`
+
+    async def print_all(setup: assembly.Setup) -> int:
+        failures = 0
+        async for finding in doctor.examine(setup):
+            print(finding, flush=True)
+            failures += bool(finding.advice)
+        return EXIT_FAILED if failures else 0
+
+    return asyncio.run(print_all(assembly.load(arguments.config)))
 
 
 def _reference(_: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 from agent import __version__, status, systemd, wiring
 from agent.assembly import Setup
 from agent.board import Board
+from agent.clock import is_set
 from agent.committer import CommitOptions, Committer
 from agent.intake import Fixes, Intake, Inward
 from agent.ledger import Ledger
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 1.0
 SWEEP_SECONDS = 5.0
-CLOCK_IS_SET_NS = 1_750_000_000 * 10**9  # 2025-06-15: an earlier clock has not been set since the boot
 SECOND_SIGNAL_STATUS = 130
 
 
@@ -156,7 +156,7 @@ async def _drain(parts: Parts) -> None:
 async def _sweep_loop(parts: Parts) -> None:
     while True:
         now_ns = time.time_ns()
-        await parts.committer.sweep(now_ns if now_ns > CLOCK_IS_SET_NS else None)
+        await parts.committer.sweep(now_ns if is_set(now_ns) else None)
         await asyncio.sleep(SWEEP_SECONDS)
 
 
