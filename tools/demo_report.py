@@ -51,7 +51,7 @@ def _regions(counts: Mapping[str, Any]) -> Table:
     placed = [sum(breakdown.get(state, {}).get("region", {}).values()) for state in STATES]
     rest = [counts[state] - known for state, known in zip(STATES, placed, strict=True)]
     if any(rest):
-        table.add_row("(never leaves)", *_numbers([sum(rest), *rest]))
+        table.add_row("(none)", *_numbers([sum(rest), *rest]))
     table.add_section()
     table.add_row("all", *_numbers([counts[state] for state in ("received", *STATES)]))
     return table
@@ -92,7 +92,7 @@ def _table(columns: Iterable[str]) -> Table:
 
 
 def _named(regions: str) -> str:
-    return f"{regions} in doubt" if "," in regions else regions
+    return f"{regions} (?)" if "," in regions else regions
 
 
 def _numbers(values: Iterable[int]) -> list[str]:

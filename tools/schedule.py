@@ -28,6 +28,9 @@ class Options:
     faults: Faults = NO_FAULTS
 
 
+NO_OPTIONS = Options()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Due:
     """One message to send `at_s` seconds after the start; its capture lies `captured_s` after the start.

@@ -1,0 +1,53 @@
+"""Joins sources into one recording: each drive begins when the first one does, and the provenance says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from tools.importing.rows import GNSS_TOPIC
+from tools.recording import Recorded
+from tools.schemas import NANOSECONDS
+from tools.stamps import restamped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drive:
+    """The messages of one real drive, of one or several files; `name` goes into the provenance."""
+
+    name: str
+    messages: tuple[Recorded, ...]
+
+    @property
+    def start_ns(self) -> int:
+        """When it began; 0 for one without messages."""
+        return min((message.receipt_ns for message in self.messages), default=0)
+
+
+def joined(
+    drives: Sequence[Drive], *, align: bool = True, start_ns: int | None = None
+) -> tuple[list[Recorded], dict[str, str]]:
+    """Give all messages in order of time, and the provenance.
+
+    Aligning shifts the later drives to the first's start; `start_ns` shifts the first one too. A car is in one place:
+    positions are taken from the first drive that has any.
+    """
+    provenance = {"composite": "true" if len(drives) > 1 else "false"}
+    first_ns = drives[0].start_ns if start_ns is None else start_ns
+    found: list[Recorded] = []
+    for number, drive in enumerate(drives, start=1):
+        placed = any(one.topic == GNSS_TOPIC for one in found)
+        kept = [one for one in drive.messages if not (placed and one.topic == GNSS_TOPIC)]
+        shift_ns = first_ns - drive.start_ns if align or (number == 1 and start_ns is not None) else 0
+        notes = [f"{drive.name}: {len(kept)} messages"]
+        notes += [f"shifted by {shift_ns / NANOSECONDS:+.3f} s"] if shift_ns else []
+        notes += [f"{len(drive.messages) - len(kept)} positions left out"] if len(kept) < len(drive.messages) else []
+        provenance[f"source {number}"] = ", ".join(notes)
+        found += _shifted(kept, shift_ns)
+    return sorted(found, key=lambda one: one.receipt_ns), provenance
+
+
+def _shifted(messages: Sequence[Recorded], shift_ns: int) -> Iterator[Recorded]:
+    for message in messages:
+        moved = restamped(message, message.capture_ns + shift_ns) if shift_ns else message
+        yield replace(moved, receipt_ns=message.receipt_ns + shift_ns)

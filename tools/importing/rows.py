@@ -1,0 +1,73 @@
+"""What all readers share: errors that name file and line, and messages made of values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from agent.errors import AgentError
+from tools.recording import Properties, Recorded
+from tools.schemas import NANOSECONDS
+from tools.stamps import rfc3339
+
+GNSS_TOPIC = "vehicle/gnss"
+CAMERA_TOPIC = "vehicle/camera/front"
+TELEMETRY_PREFIX = "vehicle/telemetry/"
+METRES_PER_HDOP = 5.0  # user equivalent range error (1 sigma) of a single-frequency receiver, rounded up; times 2 below
+LATEST_NS = 2**63 - 1
+
+
+class SourceError(AgentError, ValueError):
+    """A source that cannot be read; the message names the file and, where there is one, the line."""
+
+
+class BadRowError(SourceError):
+    """One row that cannot be read, while the rows around it may be fine."""
+
+    def __init__(self, file: Path, line: int, what: str) -> None:
+        super().__init__(f"{file}:{line}: {what}")
+
+
+Complain = Callable[[BadRowError], None]
+
+
+def strict(error: BadRowError) -> None:
+    """Stop at the first bad row."""
+    raise error
+
+
+def json_message(topic: str, time_ns: int, members: Mapping[str, object]) -> Recorded:
+    """Make a JSON message that states its capture time as `ts`, in Unix seconds."""
+    payload = json.dumps({"ts": time_ns / NANOSECONDS, **members}, separators=(",", ":")).encode()
+    properties = Properties(content_type="application/json")
+    return Recorded(topic=topic, payload=payload, capture_ns=time_ns, receipt_ns=time_ns, properties=properties)
+
+
+def fix_message(time_ns: int, latitude: float, longitude: float, accuracy_m: float | None) -> Recorded:
+    """Make a GNSS message; raises ValueError for a position that is none."""
+    if not (-90 <= latitude <= 90 and -180 <= longitude <= 180):
+        message = f"{latitude}, {longitude} is not a position"
+        raise ValueError(message)
+    accuracy = {} if accuracy_m is None else {"acc": round(accuracy_m, 2)}
+    return json_message(GNSS_TOPIC, time_ns, {"lat": latitude, "lon": longitude, **accuracy})
+
+
+def picture_message(topic: str, time_ns: int, picture: bytes) -> Recorded:
+    """Make a camera message that states its capture time in the user property `time`."""
+    kind = "image/png" if picture.startswith(b"\x89PNG") else "image/jpeg"
+    properties = Properties(content_type=kind, user=(("time", rfc3339(time_ns)),))
+    return Recorded(topic=topic, payload=picture, capture_ns=time_ns, receipt_ns=time_ns, properties=properties)
+
+
+def accuracy_of_hdop(hdop: float) -> float:
+    """Estimate the 95 % radius in metres from the horizontal dilution of precision (two sigma)."""
+    return 2 * METRES_PER_HDOP * hdop
+
+
+def whole_ns(seconds: float) -> int:
+    """Turn Unix seconds into nanoseconds; raises ValueError outside 1970-2262."""
+    if not 0 <= seconds * NANOSECONDS <= LATEST_NS:
+        message = f"{seconds} is not a time between 1970 and 2262"
+        raise ValueError(message)
+    return round(seconds * NANOSECONDS)
