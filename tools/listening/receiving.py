@@ -66,7 +66,7 @@ class Listener:
     show: Callable[[], None] = lambda: None
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     _rolled: float = field(default_factory=time.monotonic)
-    _heard: float = field(default_factory=time.monotonic)
+    _heard: float | None = None
     _shown: float = 0.0
     _spooled: int = 0
     _logged: int = 0
@@ -189,8 +189,12 @@ class Listener:
     def _over(self) -> bool:
         options = self.options
         enough = options.count is not None and self.board.good >= options.count
-        silent = options.idle_s is not None and time.monotonic() - self._heard > options.idle_s
-        return self.stop.is_set() or enough or silent
+        return self.stop.is_set() or enough or self._silent()
+
+    def _silent(self) -> bool:
+        """Whether nothing came for `idle_s` since the first connection."""
+        limit = self.options.idle_s
+        return limit is not None and self._heard is not None and time.monotonic() - self._heard > limit
 
     async def _pause(self, seconds: float) -> None:
         self.show()
