@@ -5,11 +5,8 @@ import signal
 import time
 
 import numpy as np
-import pytest
 from harness import HONG_KONG, LOK_MA_CHAU, SHENZHEN, car
 from PIL import Image
-
-from agent.config import shipped_manifest
 
 
 def jpeg(seed=0, size=(320, 240), comment=b""):
@@ -71,7 +68,7 @@ async def test_held_record_is_delivered_when_a_later_fix_settles_the_region(tmp_
     async with asyncio.timeout(3 * patience), car(tmp_path) as it:
         it.configure(agent=agent)
         await it.start()
-        # No fix has been seen yet, so every region is a candidate; the fixes that follow say where the car must have been.
+        # No fix yet, so every region is a candidate; the fixes that follow say where the car must have been.
         it.telemetry(7)
         await it.until(lambda: it.counts()["held"] == 1)
         await it.at(HONG_KONG)
