@@ -5,8 +5,14 @@ import signal
 import time
 
 import numpy as np
-from harness import HONG_KONG, LOK_MA_CHAU, SHENZHEN, car
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from harness import HONG_KONG, LOK_MA_CHAU, RULES, SHENZHEN, car
 from PIL import Image
+
+from agent.envelope import verify
+from agent.errors import EnvelopeError
 
 
 def jpeg(seed=0, size=(320, 240), comment=b""):
@@ -181,3 +187,36 @@ async def test_unredacted_picture_is_found_nowhere(tmp_path, patience):
             assert row.attributes.redaction is not None
             assert row.attributes.modeldigest is not None
             assert json.dumps(row.attributes.datacontenttype) == '"image/jpeg"'
+
+
+async def test_fields_leave_only_as_the_rule_lets_them_and_the_signature_holds(tmp_path, patience):
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "signing.pem").write_bytes(pem)
+    (tmp_path / "pseudonym.key").write_bytes(bytes(range(32)))
+    async with asyncio.timeout(3 * patience), car(tmp_path) as it:
+        it.configure(
+            agent='[signing]\nkey_file = "signing.pem"\nkey_id = "car-1"\npseudonym_key_file = "pseudonym.key"\n',
+            rules=RULES
+            + """[rules.fields]
+drop = ["/driver"]
+pseudonymise = ["/seat"]
+positions = [{ latitude = "/lat", longitude = "/lon", metres = 5000.0 }]
+times = [{ place = "/ts", seconds = 60 }]
+""",
+        )
+        await it.start()
+        await it.at(SHENZHEN)
+        it.telemetry(1, driver="Li", seat="S-17", lat=SHENZHEN[0], lon=SHENZHEN[1])
+        await it.until(lambda: len(it.received) == 1)
+        data = json.loads(it.received[0].data)
+        assert set(data) == {"n", "ts", "seat", "lat", "lon"}
+        assert data["ts"] % 60 == 0
+        assert data["seat"] != "S-17"
+        assert data["lat"] != SHENZHEN[0]
+        assert it.received[0].attributes.time_ns % (60 * 10**9) == 0
+        verify(it.received[0].envelope, {"car-1": key.public_key()})
+        with pytest.raises(EnvelopeError):
+            verify(it.received[0].envelope, {"car-1": Ed25519PrivateKey.generate().public_key()})
+        it.client.publish("vehicle/telemetry/speed", b"1.5")  # rules for fields that it does not have: refused
+        await it.until(lambda: it.counts()["refused"] == 1)
