@@ -1,0 +1,100 @@
+"""The real agent's traffic, read by clients that share no code with it, and by the reference consumer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+import nodejs
+import pytest
+import stream
+from consumers import consumer, judged_by_the_official_parser
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from harness import HONG_KONG, SHENZHEN, car
+
+from agent import asyncapi
+from tools.brokers import mosquitto_path
+
+pytestmark = pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
+PLACES = {"cn": SHENZHEN, "hk": HONG_KONG}
+WIRES = {"cn": "msgpack", "hk": "binary"}
+NUMBERS = range(5)
+
+
+@pytest.fixture
+async def it(tmp_path):
+    """A car with a key; Hong Kong's endpoint speaks CloudEvents binary mode, mainland China's msgpack."""
+    key = tmp_path / "car.key.pem"
+    key.write_bytes(stream.KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    key.chmod(0o600)
+    (tmp_path / "car.pub.pem").write_bytes(stream.PUBLIC_PEM)
+    async with car(tmp_path) as made:
+        made.configure(agent=f'[signing]\nkey_file = "{key}"\n')
+        policy, text = tmp_path / "policy.toml", (tmp_path / "policy.toml").read_text()
+        for name, wire in WIRES.items():
+            text = text.replace(f"[endpoints.{name}]\n", f'[endpoints.{name}]\nwire = "{wire}"\n')
+        policy.write_text(text)
+        yield made
+
+
+async def _drive(it, place):
+    await it.start()
+    await it.at(place)
+    for number in NUMBERS:
+        it.telemetry(number)
+    await it.until(lambda: len(it.received) == len(NUMBERS))
+
+
+async def _listened(it, name, *until):
+    """What `listen` says of one endpoint; it keeps its session between calls."""
+    command = [sys.executable, "-m", "tools", "listen", "--port", it.outer[name].port, "--name", "archive", "--json"]
+    trust = ["--keys", it.folder / "car.pub.pem", "--policy", it.folder / "policy.toml", "--endpoint", name]
+    async with consumer(*command, *trust, "--out", it.folder / f"got-{name}", *until) as process:
+        out, err = await process.communicate()
+    return json.loads(out or b"{}"), process.returncode, err.decode()
+
+
+async def test_the_reference_consumer_finds_every_record_of_the_agent_good(it, patience):
+    name = "cn"
+    async with asyncio.timeout(3 * patience):
+        await _listened(it, name, "--idle", "0")  # from now on the broker keeps its records
+        await _drive(it, PLACES[name])
+        figures, status, told = await _listened(it, name, "--count", len(NUMBERS))
+    assert status == 0, told
+    region = figures["regions"][name]
+    assert (region["good"], region["duplicates"], region["missing"]) == (len(NUMBERS), 0, 0)
+    files = (it.folder / f"got-{name}" / f"region={name}").rglob("*.jsonl")
+    lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    assert [line["data"]["n"] for line in lines] == list(NUMBERS)
+    assert {line["subject"] for line in lines} == {"vehicle/telemetry/speed"}
+
+
+async def _read_by_node(it, name, ready):
+    key = (stream.SIGNER.key_id, it.folder / "car.pub.pem")
+    command = nodejs.command("records.mjs", it.outer[name].port, f"{name}/#", len(NUMBERS), *key)
+    async with consumer(*command) as process:
+        await process.stdout.readline()
+        ready.set()
+        out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("name", PLACES)
+async def test_node_verifies_the_agents_records_and_they_are_what_the_asyncapi_document_describes(it, patience, name):
+    if reason := nodejs.missing():
+        pytest.skip(reason)
+    async with asyncio.timeout(4 * patience), asyncio.TaskGroup() as group:
+        ready = asyncio.Event()
+        reading = group.create_task(_read_by_node(it, name, ready))
+        await ready.wait()
+        await _drive(it, PLACES[name])
+        seen = await reading
+    assert [line["attributes"]["dataregion"] for line in seen] == [name] * len(NUMBERS)
+    assert all(line["good"] for line in seen)
+    document = it.folder / "asyncapi.json"
+    document.write_text(asyncapi.text(), encoding="utf-8")
+    verdict = await judged_by_the_official_parser(document, seen)
+    message = "binary" if WIRES[name] == "binary" else "envelope"
+    assert verdict["messages"] == [["records", message, []]] * len(NUMBERS)
