@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from agent.geodesy import at_least_m, at_most_m, middle, sphere_m
 from agent.messages import Capture, Fix, Message
 from agent.positions import CaptureLimits, PositionHistory, PositionLimits, WallClock, capture_of
+from agent.tracks import Sighting, Track
 
 S = 10**9
 NOW = 1_790_000_000 * S
@@ -208,12 +209,46 @@ def test_places_around_the_whole_earth_give_no_disc():
     assert made.discs(at(2)) == ()
 
 
-def test_two_tracks_that_meet_are_one_from_then_on():
-    made = history(*drive(0, 60))
+@pytest.mark.parametrize("outvote", [10, 10_000])
+def test_two_tracks_that_meet_are_one_from_then_on(outvote):
+    made = history(*drive(0, 60), outvote=outvote)
     made.add(fix(60, 60 * 20 + 1_000))  # a kilometre too far: could be driven back within half a minute
     for one in drive(61, 200):
         made.add(one)
+    assert len(made) == 201  # the sighting in which they meet stands in both
     assert max(disc.radius_m for disc in made.discs(at(150.5))) < 150
+    assert (max(disc.radius_m for disc in made.discs(at(60.5))) < 150) is (outvote == 10)
+
+
+def test_a_fix_in_between_must_agree_with_what_comes_after_it_too():
+    made = history(*(fix(t) for t in (*range(11), *range(20, 31))))
+    made.add(fix(19, 600))  # nine seconds from the fix before, one second from the one after
+    assert all(holds(disc, HOME) for disc in made.discs(at(19.5)))
+
+
+def test_two_sightings_of_one_track_that_contradict_each_other_give_one_disc_around_both():
+    made = history(fix(0), fix(1))
+    away = Sighting(place=home(10_000), radius_m=10.0, monotonic_ns=2 * S, late_ns=0)
+    made._tracks[0].insert(away)
+    (disc,) = made.discs(at(1.5))
+    assert holds(disc, HOME)
+    assert holds(disc, home(10_000))
+
+
+def test_thinning_keeps_the_number_of_fixes_that_a_track_stands_for():
+    sightings = [Sighting(place=HOME, radius_m=10.0, monotonic_ns=t * S, late_ns=0) for t in range(100)]
+    track = Track(sightings[0])
+    for sighting in sightings[1:]:
+        track.insert(sighting)
+    track.thin()
+    assert len(track) < 70
+    assert track.weight(0, 100 * S) == 100
+    assert (track.first_ns, track.last_ns) == (0, 99 * S)
+
+
+def test_forgetting_the_true_track_for_want_of_room_leaves_no_disc_of_the_false_one():
+    made = history(*drive(0, 60), *(fix(t, 100_000) for t in range(60, 70)), tracks=1)
+    assert made.discs(at(65)) == ()
 
 
 def test_memory_is_bounded_and_thinning_only_widens():
@@ -233,6 +268,7 @@ def test_what_was_forgotten_gives_no_disc_where_it_could_have_spoken():
     assert made.discs(at(100)) == ()
     assert made.discs(at(4_990))
     made.add(fix(50, 1_000))
+    assert made.rejected == 1
     assert made.discs(at(50)) == ()
 
 
@@ -254,7 +290,7 @@ def true_drives(draw):
     seconds = draw(st.integers(30, 400))
     rng = random.Random(draw(st.integers(0, 2**32)))
     limit = draw(st.sampled_from([5.0, 30.0, 70.0]))
-    place, places = (draw(st.floats(-75, 75)), draw(st.floats(-179.9, 179.9))), []
+    place, places = (draw(st.floats(1, 75)) * draw(st.sampled_from([-1, 1])), draw(st.floats(-179.9, 179.9))), []
     for _ in range(seconds + 1):
         places.append(place)
         place = moved(place, rng.uniform(0, math.tau), rng.uniform(0, limit) * 0.99)
