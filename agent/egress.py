@@ -2,8 +2,10 @@
 
 Invariants:
 - Every address that the endpoint's name resolves to lies inside its `networks`; one outside, and it is not used.
+- Without TLS only loopback is connected to, whatever a name resolves to.
 - We connect to the address that was judged, never to the name, so a second answer of the DNS changes nothing.
 - The connected peer's address and public key are judged again before CONNECT.
+- No server reference is followed, and no proxy of the environment is used.
 - TLS is at least 1.2 and always verified; the context is new for each connection, so that rotated files take effect.
 """
 
@@ -14,14 +16,16 @@ import hashlib
 import ipaddress
 import socket
 import ssl
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from agent.errors import EndpointError
+from agent.mqtt import Connection
+from agent.packets import Session
 
 if TYPE_CHECKING:  # paho defines it for type checkers only
     from paho.mqtt.client import SocketLike
@@ -48,9 +52,28 @@ class _NamedContext(ssl.SSLContext):
 
     name = ""
 
-    def wrap_socket(self, sock: socket.socket, *_: Any, **options: Any) -> ssl.SSLSocket:  # noqa: ANN401
-        options["server_hostname"] = self.name
-        return super().wrap_socket(sock, **options)
+    def wrap_socket(self, sock: socket.socket, *_: Any, **_options: Any) -> ssl.SSLSocket:  # noqa: ANN401
+        """Shake hands too, for paho leaves a socket open on which that fails; a second handshake does nothing."""
+        wrapped = super().wrap_socket(sock, server_hostname=self.name, do_handshake_on_connect=False)
+        try:
+            wrapped.do_handshake()
+        except BaseException:
+            wrapped.close()
+            raise
+        return wrapped
+
+
+async def dial(rules: PeerRules, session: Session, attempt: int = 0) -> Connection:
+    """An open connection to the endpoint and to nobody else; raises EndpointError. Cancelling closes it.
+
+    `attempt` goes through the endpoint's addresses in turn, so that a dead one does not hide the others.
+    """
+    addresses = await resolve(rules)
+    context = await asyncio.to_thread(tls_context, rules)
+    target = replace(session, host=addresses[attempt % len(addresses)], port=rules.port, tls=context)
+    connection = Connection(target, check_peer=peer_check(rules))
+    await connection.open()
+    return connection
 
 
 async def resolve(rules: PeerRules) -> tuple[str, ...]:
@@ -65,18 +88,20 @@ async def resolve(rules: PeerRules) -> tuple[str, ...]:
     except (OSError, TimeoutError) as exc:
         raise EndpointError(f"{rules.host}: cannot be resolved: {exc}") from exc
     addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
-    outside = [address for address in addresses if not inside(address, rules.networks)]
+    outside = [address for address in addresses if not permitted(address, rules)]
     if outside or not addresses:
         raise EndpointError(f"{rules.host} resolves to {outside or 'nothing'}, outside its networks")
     return addresses
 
 
-def inside(address: str, networks: Sequence[str]) -> bool:
-    """Whether an IP address lies in one of the CIDRs; with no CIDR given, everything does."""
+def permitted(address: str, rules: PeerRules) -> bool:
+    """Whether the endpoint may stand at this IP address; an IPv4-mapped one is judged as the IPv4 address it means."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
         parsed = parsed.ipv4_mapped
-    return not networks or any(parsed in ipaddress.ip_network(network) for network in networks)
+    if not rules.tls and not parsed.is_loopback:
+        return False
+    return not rules.networks or any(parsed in ipaddress.ip_network(network) for network in rules.networks)
 
 
 def tls_context(rules: PeerRules) -> ssl.SSLContext | None:
@@ -108,7 +133,7 @@ def peer_check(rules: PeerRules) -> Callable[[SocketLike], None]:
 
     def check(sock: SocketLike) -> None:
         address = cast("socket.socket", sock).getpeername()[0]
-        if not inside(address, rules.networks):
+        if not permitted(address, rules):
             raise EndpointError(f"{rules.host}: the peer {address} is outside its networks")
         if rules.spki_sha256 and spki_sha256(sock) not in rules.spki_sha256:
             raise EndpointError(f"{rules.host}: the server's public key is not one of the pinned ones")
