@@ -223,7 +223,9 @@ def test_two_tracks_that_meet_are_one_from_then_on(outvote):
 def test_a_fix_in_between_must_agree_with_what_comes_after_it_too():
     made = history(*(fix(t) for t in (*range(11), *range(20, 31))))
     made.add(fix(19, 600))  # nine seconds from the fix before, one second from the one after
-    assert all(holds(disc, HOME) for disc in made.discs(at(19.5)))
+    for t in (15, 19, 19.5):
+        assert made.discs(at(t))
+        assert all(holds(disc, HOME) for disc in made.discs(at(t)))
 
 
 def test_two_sightings_of_one_track_that_contradict_each_other_give_one_disc_around_both():
