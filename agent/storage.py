@@ -35,15 +35,18 @@ PAGE_BYTES = 1024  # a commit of one record touches about 10 pages: 19 kB on the
 # Why each: NORMAL locking lets `status` read; FULL syncs the journal at every commit; secure_delete FAST clears deleted
 # content where that costs no extra write; the cache bounds memory. The journal keeps its size, so that a sync need not
 # write file system metadata; hot pages are written back once for the hundreds of commits that fit into it.
-PRAGMAS = f"""
-PRAGMA page_size={PAGE_BYTES};
-PRAGMA auto_vacuum=INCREMENTAL;
+PRAGMAS = """
 PRAGMA journal_mode=WAL;
 PRAGMA synchronous=FULL;
 PRAGMA cache_size=-2048;
 PRAGMA secure_delete=FAST;
 PRAGMA temp_store=MEMORY;
 PRAGMA trusted_schema=OFF;
+"""
+
+SHAPE = f"""
+PRAGMA page_size={PAGE_BYTES};
+PRAGMA auto_vacuum=INCREMENTAL;
 """
 
 SCHEMA = f"""
@@ -65,7 +68,6 @@ CREATE TABLE intake(
 CREATE TABLE meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE audit(first INTEGER PRIMARY KEY, count INTEGER NOT NULL, digest BLOB NOT NULL, data BLOB NOT NULL);
 PRAGMA application_id={APPLICATION_ID};
-PRAGMA user_version={SCHEMA_VERSION};
 """
 SMALL_TABLES = ("lane", "counter", "intake", "meta")
 
@@ -146,8 +148,7 @@ def connect(path: Path, journal_bytes: int, load: Callable[[sqlite3.Connection],
     LedgerError where that does not help.
     """
     try:
-        if not path.exists() and beside(path, ".seal").exists():
-            raise _damage("the database is gone, its seal is not")
+        _check_size(path)
         connection, loaded = _open_checked(path, journal_bytes, load)
         return Opened(connection=connection, loaded=loaded)
     except sqlite3.DatabaseError as exc:
@@ -158,6 +159,21 @@ def connect(path: Path, journal_bytes: int, load: Callable[[sqlite3.Connection],
     connection, loaded = _open_checked(path, journal_bytes, load)
     incident = f"{path.name} set aside as {aside.name}: {why}"
     return Opened(connection=connection, loaded=loaded, aside=aside, incidents=(incident,))
+
+
+def _check_size(path: Path) -> None:
+    """Raise sqlite3.DatabaseError where the database is shorter than it says, before SQLite could pad it."""
+    size = path.stat().st_size if path.exists() else 0
+    if not size and beside(path, ".seal").exists():
+        raise _damage("the database is gone, its seal is not")
+    journal = beside(path, "-wal")
+    if not size or (journal.exists() and journal.stat().st_size):
+        return  # new, or SQLite completes it from its journal
+    with path.open("rb") as file:
+        header = file.read(100)  # https://www.sqlite.org/fileformat2.html: page size at 16, pages at 28
+    page, pages = int.from_bytes(header[16:18], "big"), int.from_bytes(header[28:32], "big")
+    if size < page * pages:
+        raise _damage(f"{size} bytes where {pages} pages of {page} should be")
 
 
 def read_only(path: Path) -> sqlite3.Connection:
@@ -172,10 +188,12 @@ def _open_checked(
 ) -> tuple[sqlite3.Connection, Loaded]:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
     try:
-        connection.executescript(PRAGMAS)
+        version = _schema_version(connection, path)
+        connection.executescript(PRAGMAS if version else SHAPE + PRAGMAS)
         connection.execute(f"PRAGMA wal_autocheckpoint={max(1, journal_bytes // PAGE_BYTES)}")
         connection.execute(f"PRAGMA journal_size_limit={journal_bytes}")
-        _prepare_schema(connection, path)
+        _prepare_schema(connection, version)
+        sync_directory(path.parent)
         _check(connection, path)
         return connection, load(connection)
     except (ValueError, TypeError) as exc:
@@ -186,30 +204,29 @@ def _open_checked(
         raise
 
 
-def _prepare_schema(connection: sqlite3.Connection, path: Path) -> None:
+def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """The schema of the file, 0 for a new one; read before anything could write to it. LedgerError: a newer one."""
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if version > SCHEMA_VERSION:
         msg = f"{path}: written by a newer release (schema {version}, this one knows {SCHEMA_VERSION}); left alone"
         raise LedgerError(msg)
-    if 0 < version < SCHEMA_VERSION:
-        steps = "".join(MIGRATIONS[step] for step in range(version, SCHEMA_VERSION))
-        connection.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
-    if version == 0:
-        if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-            raise _damage("it holds another program's tables")
-        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
-        sync_directory(path.parent)
+    if version == 0 and connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        raise _damage("it holds another program's tables")
+    return version
+
+
+def _prepare_schema(connection: sqlite3.Connection, version: int) -> None:
+    """Create or migrate the tables, in one transaction."""
+    if version == SCHEMA_VERSION:
+        return
+    steps = "".join(MIGRATIONS[step] for step in range(version, SCHEMA_VERSION)) if version else SCHEMA
+    connection.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:
     """Raise sqlite3.DatabaseError where the bounded check finds damage."""
     if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         raise _damage("it is not a ledger")
-    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    pages, page = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
-    size = path.stat().st_size
-    if size < pages * page and not beside(path, "-wal").stat().st_size:
-        raise _damage(f"{size} bytes where {pages} pages should be")
     suspect = beside(path, ".suspect")
     for check in ("quick_check",) if suspect.exists() else tuple(f"quick_check('{table}')" for table in SMALL_TABLES):
         found = connection.execute(f"PRAGMA {check}").fetchone()[0]

@@ -26,6 +26,8 @@ _WRITE = ctypes.CFUNCTYPE(_I, _P, _P, _I, _L)
 _TRUNCATE = ctypes.CFUNCTYPE(_I, _P, _L)
 _SYNC = ctypes.CFUNCTYPE(_I, _P, _I)
 
+_KEPT = []  # what SQLite may still call, for as long as some connection of a failed test lives
+
 
 class _Vfs(ctypes.Structure):
     _fields_ = [
@@ -58,7 +60,6 @@ class FaultDisk:
 
     journal: list = field(default_factory=list)
     fails: object = None
-    _keep: list = field(default_factory=list)
 
     def mark(self, note):
         self.journal.append(Step("mark", note=note))
@@ -77,7 +78,7 @@ class FaultDisk:
         real_open = ctypes.cast(vfs.open, _OPEN)
         opener = _OPEN(lambda *arguments: self._open(real_open, *arguments))
         vfs.open = ctypes.cast(opener, _P)
-        self._keep += [vfs, opener]
+        _KEPT.extend([vfs, opener])
         library.sqlite3_vfs_register(ctypes.byref(vfs), 1)
         try:
             with mock.patch.object(blobs, "os", self._os()), mock.patch.object(blobs.Blobs, "remove", self._remove()):
@@ -117,7 +118,7 @@ class FaultDisk:
 
         kept = [_WRITE(write), _TRUNCATE(truncate), _SYNC(sync), methods]
         methods.write, methods.truncate, methods.sync = (ctypes.cast(call, _P) for call in kept[:3])
-        self._keep += kept
+        _KEPT.extend(kept)
         return methods
 
     def _remove(self):
@@ -146,12 +147,18 @@ class FaultDisk:
             return os.write(file, data)
 
         def fsync(file):
+            if file not in names:  # a seal, replaced as a whole
+                return
             if fault := self._fault("sync", names[file]):
                 raise OSError(fault, os.strerror(fault))
             kind = "names" if Path(names[file]).is_dir() else "sync"
             self.journal.append(Step(kind, names[file]))
 
-        own = {"open": open_, "write": write, "fsync": fsync}
+        def close(file):
+            names.pop(file, None)
+            os.close(file)
+
+        own = {"close": close, "open": open_, "write": write, "fsync": fsync}
         return SimpleNamespace(**{name: getattr(os, name) for name in dir(os)} | own)
 
 

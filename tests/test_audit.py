@@ -1,5 +1,6 @@
 import argparse
 import json
+import shutil
 import sqlite3
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
-from ledger_samples import MODEL, NOW, SECOND, delivered, record, refused, store
+from ledger_samples import MODEL, NOW, SECOND, delivered, in_memory, record, refused, store
 
 from agent import audit
 from agent.audit import GENESIS, Block, Head, Seal, canonical, head_of, link, pack, verify
@@ -125,8 +126,10 @@ def test_missing_or_forged_seal_is_a_problem():
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "ledger.db"
+def path():
+    directory = in_memory()
+    yield directory / "ledger.db"
+    shutil.rmtree(directory)
 
 
 def tampered(path, statement, *values):

@@ -1,9 +1,10 @@
+import shutil
 import sqlite3
 import threading
 from dataclasses import replace
 
 import pytest
-from ledger_samples import MODEL, NOW, SECOND, delivered, numbers, opened, record, refused, store
+from ledger_samples import MODEL, NOW, SECOND, delivered, in_memory, numbers, opened, record, refused, store
 
 from agent.entries import IntakeKey, Noted, Redecided, Rejected, Released, SessionReset, Store, Withdrawn
 from agent.errors import LedgerError
@@ -12,8 +13,10 @@ from agent.messages import Priority, Redaction, State
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "state" / "ledger.db"
+def path():
+    directory = in_memory()
+    yield directory / "ledger.db"
+    shutil.rmtree(directory)
 
 
 @pytest.fixture
