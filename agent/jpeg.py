@@ -17,6 +17,7 @@ APP0, APP1, APP14 = 0xE0, 0xE1, 0xEE
 FRAMES = {0xC0: False, 0xC1: False, 0xC2: True}  # baseline, extended, progressive: the coding that is accepted
 DROPPED = frozenset({*range(0xE0, 0xF0), 0xFE})  # APPn and COM
 CARRIED = frozenset({DQT, DHT, DRI})
+QUARTER_CHROMA = ((2, 2), (1, 1), (1, 1))  # 4:2:0
 MAX_SCANS = 100  # an encoder writes about 10; thousands are an attack on the decoder's time
 JFIF_BODY = b"JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"  # version 1.1, square pixels, no thumbnail
 ADOBE_BODY = b"Adobe\x00\x64\x00\x00\x00\x00"  # version 100, flags 0; the transform byte follows
@@ -169,6 +170,19 @@ def _colour(walk: _Walk) -> Colour:
     return Colour.RGB if [name for name, *_ in walk.components] == [0x52, 0x47, 0x42] else Colour.YCC
 
 
+def _block(walk: _Walk) -> tuple[int, int]:
+    """Return the size of an MCU in pixels (T.81, A.2); the factors of a lone component do not count."""
+    if len(walk.components) == 1:
+        return 8, 8
+    return 8 * max(h for _, h, _, _ in walk.components), 8 * max(v for _, _, v, _ in walk.components)
+
+
+def _bleed(walk: _Walk) -> int:
+    """Return by how many pixels chroma is smoothed: one, but none where it is read as stored (or not subsampled)."""
+    sampling = [(h, v) for _, h, v, _ in walk.components]
+    return int(len(set(sampling)) > 1 and tuple(sampling) != QUARTER_CHROMA)
+
+
 def _header(walk: _Walk) -> Header:
     if any(table not in walk.tables for *_, table in walk.components):
         raise RefusedError("picture.corrupt", "missing quantisation table")
@@ -186,6 +200,8 @@ def _header(walk: _Walk) -> Header:
         restart=walk.restart,
         tables=tuple(walk.tables[table] for *_, table in walk.components),
         sampling=tuple((h, v) for _, h, v, _ in walk.components),
+        block=_block(walk),
+        bleed=_bleed(walk),
     )
 
 

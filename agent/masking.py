@@ -1,6 +1,8 @@
 """Where a picture is masked and with what. Boxes are half-open: [x1, x2) x [y1, y2).
 
-Invariant: every pixel inside a box is masked, to the last row and column, and none outside is touched.
+Invariants: every pixel inside an area is masked, to the last row and column, and none outside is touched. Where the
+source was coded in blocks, an area covers whole blocks: quantisation smears what is inside a block over all of it, and
+a plate under a tight mask can be read from the rest of its blocks (tests/test_attack.py).
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def _area(box: Box, width: int, height: int, margin: Margin) -> Area:
 def upright(pixels: Pixels, orientation: int) -> Pixels:
     """Return the view in which a stored picture (H, W[, C]) of EXIF orientation 1-8 stands upright.
 
-    It is a view: what is painted into it is painted into the stored picture, so no box has to be mapped back.
+    It is a view: it costs nothing.
     """
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
@@ -76,6 +78,27 @@ def upright(pixels: Pixels, orientation: int) -> Pixels:
     if orientation in {3, 4, 7, 8}:
         pixels = pixels[::-1]
     return pixels
+
+
+def stored(area: Area, orientation: int, width: int, height: int) -> Area:
+    """Map an area of the upright picture (width x height) to the stored one: the inverse of `upright`."""
+    x1, y1, x2, y2 = area
+    if orientation in {3, 4, 7, 8}:
+        y1, y2 = height - y2, height - y1
+    if orientation in {2, 3, 6, 7}:
+        x1, x2 = width - x2, width - x1
+    return Area(y1, x1, y2, x2) if orientation >= 5 else Area(x1, y1, x2, y2)
+
+
+def whole_blocks(area: Area, block: tuple[int, int], bleed: int, width: int, height: int) -> Area:
+    """Grow an area of the stored picture to whole coding blocks, and by what a decoder mixes across their edges."""
+    across, down = block
+    return Area(
+        max(0, area.x1 // across * across - bleed),
+        max(0, area.y1 // down * down - bleed),
+        min(width, -(-area.x2 // across) * across + bleed),
+        min(height, -(-area.y2 // down) * down + bleed),
+    )
 
 
 def paint(pixels: Pixels, where: Iterable[Area], fill: Fill, colour: int | tuple[int, ...]) -> None:

@@ -63,7 +63,8 @@ class Header:
     """What the header claims, and `clean`: the only bytes that a decoder gets, all metadata removed.
 
     `tables`: quantisation tables per component in natural order; `sampling`: (h, v) per component; both JPEG only.
-    `restart` is the restart interval in MCUs. `lossless` and `quantizer` (0-127) are WebP only.
+    `restart` is the restart interval in MCUs. `lossless` and `quantizer` (0-127) are WebP only. `block` is the size in
+    pixels of what the source coded as one, `bleed` by how many pixels a decoder mixes neighbouring blocks.
     """
 
     format: Format
@@ -78,6 +79,8 @@ class Header:
     sampling: tuple[tuple[int, int], ...] = ()
     lossless: bool = True
     quantizer: int = 0
+    block: tuple[int, int] = (1, 1)
+    bleed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,13 +91,17 @@ class Margin:
     pixels: float = 0.0
 
 
+# A box that is off by a tenth of its size still overlaps the truth by an IoU of 0.82, as good detections do.
+MARGINS: Mapping[str, Margin] = MappingProxyType({label: Margin(part=0.1) for label in ("person", "face", "plate")})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedactionOptions:
     """How pictures are redacted. `metadata` is what may survive: `orientation`, or else the picture is turned."""
 
     people: People = People.WHOLE
     fill: Fill = Fill.CONSTANT
-    margins: Mapping[str, Margin] = field(default_factory=lambda: MappingProxyType({}))
+    margins: Mapping[str, Margin] = field(default_factory=lambda: MappingProxyType(dict(MARGINS)))
     metadata: frozenset[str] = frozenset({"orientation"})
 
 

@@ -18,11 +18,11 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from agent import webp
+from agent import jpeg, webp
 from agent.containers import read_header, rebuild
 from agent.errors import AgentError, ModelError, RefusedError
 from agent.inspection import InspectionLimits, rewrite
-from agent.masking import Pixels, areas, head_part, paint, upright
+from agent.masking import Area, Pixels, areas, head_part, paint, stored, upright, whole_blocks
 from agent.messages import Box
 from agent.pictures import Colour, Format, Header, People, PictureLimits, RedactedPayload, RedactionOptions
 
@@ -36,7 +36,6 @@ SUBSAMPLING: Mapping[tuple[tuple[int, int], ...], int] = {
     ((2, 2), (1, 1), (1, 1)): 2,
 }  # Pillow's numbers
 FULL_SAMPLING = 0
-QUARTER_CHROMA = ((2, 2), (1, 1), (1, 1))
 PNG_COMPRESSION = 6  # zlib's default: 9 takes twice the time for about 1 %
 WEBP_LOSSLESS_EFFORT = 40
 WEBP_METHOD = 4
@@ -79,13 +78,23 @@ def redact_picture(
     header = read_header(data, limits)
     pixels, mode = _decode(header)
     boxes = _detect(detect, upright(_as_rgb(pixels, mode), header.orientation))
-    view = upright(pixels, header.orientation)
-    masked = [_part(box, options.people) for box in boxes]
-    paint(view, areas(masked, view.shape[1], view.shape[0], options.margins), options.fill, BLACK[mode])
+    paint(pixels, _areas(boxes, header, options), options.fill, BLACK[mode])
     keep = "orientation" in options.metadata
-    encoded = _encode(pixels if keep else np.ascontiguousarray(view), mode, header)
-    clean = rebuild(encoded, OWN_OUTPUT, header.orientation if keep else 1)
+    shown = pixels if keep else np.ascontiguousarray(upright(pixels, header.orientation))
+    clean = rebuild(_encode(shown, mode, header), OWN_OUTPUT, header.orientation if keep else 1)
     return clean, Counter(box.label for box in boxes)
+
+
+def _areas(boxes: list[Box], header: Header, options: RedactionOptions) -> list[Area]:
+    """Where the stored picture is masked for boxes of the upright one."""
+    width, height = (header.width, header.height)[:: -1 if header.orientation >= 5 else 1]
+    masked = [_part(box, options.people) for box in boxes]
+    return [
+        whole_blocks(
+            stored(area, header.orientation, width, height), header.block, header.bleed, header.width, header.height
+        )
+        for area in areas(masked, width, height, options.margins)
+    ]
 
 
 def _part(box: Box, people: People) -> Box:
@@ -112,22 +121,27 @@ def _detect(detect: Detect, rgb: Pixels) -> list[Box]:
 
 
 def _decode(header: Header) -> tuple[Pixels, str]:
-    """Decode the cleaned stream to (H, W) `L`, or (H, W, 3) `RGB` or `YCbCr`, as it is stored."""
+    """Decode the cleaned stream; whatever a codec raises refuses the picture."""
     try:
-        with OPENERS[header.format](io.BytesIO(header.clean)) as image:
-            if header.colour is Colour.YCC:
-                image.draft("YCbCr", None)
-            flat = _flatten(image)
-            pixels = np.array(flat).reshape(header.height, header.width, *SAMPLES[flat.mode])
-        if header.sampling == QUARTER_CHROMA and min(header.width, header.height) > 1:
-            pixels[..., 1:] = _stored_chroma(header)
-        return pixels, flat.mode
+        return _samples(header)
     except AgentError:
         raise
     except MemoryError as exc:
         raise RefusedError("redaction.memory") from exc
     except Exception as exc:
         raise RefusedError("picture.corrupt", type(exc).__name__) from exc
+
+
+def _samples(header: Header) -> tuple[Pixels, str]:
+    """Return (H, W) `L`, or (H, W, 3) `RGB` or `YCbCr`, as the picture is stored."""
+    with OPENERS[header.format](io.BytesIO(header.clean)) as image:
+        if header.colour is Colour.YCC:
+            image.draft("YCbCr", None)
+        flat = _flatten(image)
+        pixels = np.array(flat).reshape(header.height, header.width, *SAMPLES[flat.mode])
+    if header.sampling == jpeg.QUARTER_CHROMA and min(header.width, header.height) > 1:
+        pixels[..., 1:] = _stored_chroma(header)
+    return pixels, flat.mode
 
 
 def _stored_chroma(header: Header) -> Pixels:

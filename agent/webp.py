@@ -9,6 +9,8 @@ from agent.pictures import Format, Header, PictureLimits, check_frames, check_si
 ALPHA, EXIF, ICC = 0x10, 0x08, 0x20  # VP8X flags, RFC 9649 section 2.7.1
 CARRIED = frozenset({b"VP8 ", b"VP8L", b"ALPH"})
 MAX_CHUNKS = 1000
+MACROBLOCK = (16, 16)  # RFC 6386, section 2
+FILTER_REACH = 3  # pixels on either side of a macroblock's edge, RFC 6386, section 15.3
 
 
 def parse(data: bytes, limits: PictureLimits) -> Header:
@@ -33,6 +35,8 @@ def parse(data: bytes, limits: PictureLimits) -> Header:
         orientation=_orientation(chunks),
         lossless=lossless,
         quantizer=0 if lossless else quantizer(streams[0][1]),
+        block=(1, 1) if lossless else MACROBLOCK,
+        bleed=0 if lossless else FILTER_REACH,
     )
 
 

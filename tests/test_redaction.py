@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +16,12 @@ from agent import exif
 from agent.containers import read_header
 from agent.errors import ModelError, RefusedError
 from agent.inspection import InspectionLimits
-from agent.masking import Area, areas, head_part, paint, upright
+from agent.masking import Area, areas, head_part, paint, stored, upright, whole_blocks
 from agent.messages import Box
 from agent.pictures import Fill, Margin, People, PictureLimits, RedactionOptions
 from agent.redaction import redact_payload, redact_picture
 
-LIMITS, OPTIONS = PictureLimits(), RedactionOptions()
+LIMITS, OPTIONS = PictureLimits(), RedactionOptions(margins={})
 GREY = Image.fromarray(scene()).convert("L")
 DEEP = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)
 
@@ -92,7 +93,8 @@ def test_every_kind_of_source_is_masked_in_place_and_kept_elsewhere(source):
     assert (header.format, header.width, header.height) == (source.split("-")[0], WIDTH, HEIGHT)
     assert counts == {"person": 1}
     assert pixels[inside(-2)].max() < 40
-    assert psnr(pixels[~inside(8)], decoded(before)[~inside(8)]) > 40
+    away = ~inside(20)  # the detector's box, a coding block and what a decoder mixes
+    assert psnr(pixels[away], decoded(before)[away]) > 40
 
 
 @pytest.mark.parametrize("source", [name for name in SOURCES if name.startswith("jpeg") and "cmyk" not in name])
@@ -130,7 +132,7 @@ def test_lossless_sources_are_untouched_outside_the_masks():
         assert not decoded(after)[inside()].any()
 
 
-def stored(orientation: int) -> np.ndarray:
+def as_stored(orientation: int) -> np.ndarray:
     """The samples that a camera stores so that the scene stands upright under an orientation (Exif 2.32, 4.6.4 A)."""
     turned = {
         1: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -158,11 +160,11 @@ def lopsided() -> np.ndarray:
 @pytest.mark.parametrize("keep", [True, False])
 def test_detector_sees_the_upright_picture_and_the_mask_lands_where_it_pointed(orientation, kind, keep):
     block = tiff([(0x0112, 3, 1, bytes([0, orientation]))])
-    data = saved(stored(orientation), kind, **({"quality": 95} if kind != "PNG" else {}))
+    data = saved(as_stored(orientation), kind, **({"quality": 95} if kind != "PNG" else {}))
     add = {
         "JPEG": lambda: after_soi(data, segment(0xE1, exif.PREFIX + block)),
         "PNG": lambda: after_ihdr(data, chunk(b"eXIf", block)),
-        "WEBP": lambda: with_sized_chunks(data, block, stored(orientation).shape),
+        "WEBP": lambda: with_sized_chunks(data, block, as_stored(orientation).shape),
     }
     seen = []
 
@@ -170,7 +172,7 @@ def test_detector_sees_the_upright_picture_and_the_mask_lands_where_it_pointed(o
         seen.append(rgb.copy())
         return find_mark(rgb)
 
-    options = OPTIONS if keep else RedactionOptions(metadata=frozenset())
+    options = replace(OPTIONS, metadata=OPTIONS.metadata if keep else frozenset())
     after, _ = redact_picture(add[kind](), detect, options, LIMITS)
     assert np.abs(seen[0].astype(int) - lopsided()).mean() < 3
     with Image.open(io.BytesIO(after)) as image:
@@ -258,6 +260,33 @@ def test_weaker_fills_blur_what_they_cover_and_say_so_in_their_name(fill):
     assert RedactionOptions().fill is Fill.CONSTANT
 
 
+@given(st.integers(1, 8), st.data())
+def test_area_of_the_upright_picture_is_found_in_the_stored_one(orientation, data):
+    pixels = np.zeros((7, 11), np.uint8)
+    view = upright(pixels, orientation)
+    height, width = view.shape
+    x1, y1 = data.draw(st.integers(0, width)), data.draw(st.integers(0, height))
+    area = Area(x1, y1, data.draw(st.integers(x1, width)), data.draw(st.integers(y1, height)))
+    view[area.y1 : area.y2, area.x1 : area.x2] = 1
+    found = stored(area, orientation, width, height)
+    pixels[found.y1 : found.y2, found.x1 : found.x2] -= 1
+    assert not pixels.any()
+
+
+@pytest.mark.parametrize(
+    ("area", "block", "bleed", "expected"),
+    [
+        (Area(9, 9, 15, 15), (8, 8), 0, Area(8, 8, 16, 16)),
+        (Area(9, 9, 17, 15), (16, 8), 1, Area(0, 7, 33, 17)),
+        (Area(8, 8, 16, 16), (8, 8), 0, Area(8, 8, 16, 16)),
+        (Area(90, 40, 99, 49), (16, 16), 3, Area(77, 29, 100, 50)),
+        (Area(3, 4, 5, 6), (1, 1), 0, Area(3, 4, 5, 6)),
+    ],
+)
+def test_area_grows_to_whole_coding_blocks_within_the_frame(area, block, bleed, expected):
+    assert whole_blocks(area, block, bleed, 100, 50) == expected
+
+
 @given(st.integers(1, 8), st.integers(1, 9), st.integers(1, 9))
 def test_upright_view_shares_its_pixels_with_the_stored_picture(orientation, height, width):
     pixels = np.arange(height * width, dtype=np.uint8).reshape(height, width)
@@ -274,7 +303,7 @@ def test_head_part_is_the_upper_share_of_a_person_in_full_width(width, height, e
 
 
 def test_head_rule_masks_faces_and_the_head_part_of_every_person_even_without_a_face():
-    options = RedactionOptions(people=People.HEAD)
+    options = RedactionOptions(people=People.HEAD, margins={})
     found = [box(10, 10, 30, 90), box(100, 60, 110, 70, "face")]
     after, counts = redact_picture(saved(scene(mark=False), "PNG"), lambda _: found, options, LIMITS)
     pixels = decoded(after)
