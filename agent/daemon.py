@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 1.0
 SWEEP_SECONDS = 5.0
+REACH_NS = 10**9
 SECOND_SIGNAL_STATUS = 130
 
 
@@ -49,6 +50,22 @@ class Parts:
     intakes: dict[str, Intake]
     uplinks: dict[str, Uplink]
     resolver: Resolver
+
+
+class _Reach:
+    """Which endpoints may be connected to from where the vehicle is; asked again at most once a second."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._regions: tuple[str, ...] = ()
+        self._asked_ns = -REACH_NS
+
+    def allows(self, endpoint: str) -> bool:
+        now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        if now_ns - self._asked_ns >= REACH_NS:
+            self._regions = self._line.pipeline.here(now_ns, time.time_ns())
+            self._asked_ns = now_ns
+        return self._line.pipeline.policy.reachable(self._regions, endpoint)
 
 
 async def run(setup: Setup) -> int:
@@ -81,7 +98,7 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
         field_rules=wiring.field_rules_of(setup),
     )
     line = Line(pipeline, worker, Numbering(ledger.sequences()))
-    board = Board()
+    board = Board(reachable=_Reach(line).allows)
     fixes = Fixes(wiring.fix_readers(setup), history)
     inward = Inward(line=line, committer=committer, fixes=fixes, board=board)
     registration = setup.config.vehicle.registration

@@ -134,6 +134,12 @@ class Pipeline:
             return Whereabouts(regions=self.policy.regions_of([identity.fixed_country]), basis=Basis.FIXED)
         return Whereabouts(regions=self._regions(capture), basis=Basis.GNSS)
 
+    def here(self, monotonic_ns: int, time_ns: int) -> tuple[str, ...]:
+        """The regions in which the vehicle may be now."""
+        if self.identity.fixed_country:
+            return self.policy.regions_of([self.identity.fixed_country])
+        return self._regions(Capture(time_ns=time_ns, monotonic_ns=monotonic_ns, boot_id=self.identity.boot_id))
+
     def _regions(self, capture: Capture) -> tuple[str, ...]:
         """The regions that touch every disc; where the discs contradict each other, every region."""
         discs = self.positions.discs(capture)

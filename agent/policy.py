@@ -125,6 +125,11 @@ class Policy:
             return None
         return Cleared(record=record, endpoint=endpoint, seal=_SEAL)
 
+    def reachable(self, regions: Iterable[str], endpoint: str) -> bool:
+        """Whether an endpoint may be connected to while the vehicle may be in these regions."""
+        found = (self.config.regions[name].reach for name in regions if name in self.config.regions)
+        return all(not reach or endpoint in reach for reach in found)
+
     def table(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         """(region, data class, endpoints) of every combination, permitted or not."""
         for region in self.everywhere:
@@ -167,6 +172,9 @@ def _region_mistakes(config: PolicyConfig, file: Path | str) -> Iterator[ConfigE
         for country in region.countries:
             if owner.setdefault(country, name) != name:
                 yield ConfigError(file, f"regions.{name}.countries", country, f"not in regions.{owner[country]} too")
+        for endpoint in region.reach:
+            if endpoint not in config.endpoints:
+                yield ConfigError(file, f"regions.{name}.reach", endpoint, _one_of("endpoints", config.endpoints))
 
 
 def _permit_mistakes(config: PolicyConfig, file: Path | str) -> Iterator[ConfigError]:

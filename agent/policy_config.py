@@ -20,6 +20,9 @@ class Region(Table, frozen=True, kw_only=True):
     """[regions.NAME]: countries with the same law."""
 
     countries: Annotated[list[Country], Meta(min_length=1, description="ISO 3166-1 codes; each in one region only")]
+    reach: Annotated[
+        list[str], Meta(description="While the vehicle may be here, only these endpoints are connected to; empty: all")
+    ] = []
 
 
 class Endpoint(Table, frozen=True, kw_only=True):

@@ -62,7 +62,7 @@ def table(content: Mapping[str, Any]) -> str:
         f"model       {_model(content.get('model', {}))}",
     ]
     for name, endpoint in sorted(content.get("endpoints", {}).items()):
-        state = "connected" if endpoint["connected"] else f"down: {endpoint['error'] or 'not yet connected'}"
+        state = "connected" if endpoint["connected"] else f"down: {endpoint['error']}" if endpoint["error"] else "idle"
         lines.append(f"endpoint    {name}: {state}, {endpoint['in_flight']} in flight")
     for name, session in sorted(content.get("sessions", {}).items()):
         lines.append(f"intake      {name}: {'connected' if session['connected'] else 'not connected'}")

@@ -5,25 +5,28 @@ Invariants:
 - A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again.
 - At most the endpoint's window is in flight; no record is in flight at two endpoints at a time.
 - Urgent records go first; then live ones, with a share for the backlog, so that both always move.
+- No packet goes to an endpoint before a record is permitted for it, nor while the vehicle is where the policy's
+  `reach` forbids it.
 - Connected but nothing acknowledged is a failure: the connection is renewed and others may take over.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import random
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from agent.backoff import delays
 from agent.board import Board
 from agent.committer import Committer
-from agent.egress import PeerRules, peer_check, resolve, tls_context
+from agent.egress import PeerRules, dial
 from agent.entries import Delivered, Entry, Rejected, Spooled, Withdrawn
 from agent.errors import AgentError, EndpointError
 from agent.ledger import Ledger
@@ -116,15 +119,23 @@ class Uplink:
         self._board.down.add(self._options.name)
         self._board.wake(self._board.stored)
 
+    async def _needed(self) -> None:
+        """Return once a record waits for this endpoint, and it may be connected to from here."""
+        name, board = self._options.name, self._board
+        while True:
+            self._wake.clear()
+            if not board.reachable(name):
+                board.down.add(name)
+            elif await self._committer.call(lambda ledger: bool(ledger.pending(name, limit=1, down=set(board.down)))):
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._wake.wait()
+
     async def _serve(self) -> None:
-        options = self._options
-        addresses = await resolve(options.peer)
-        address = addresses[next(self._attempts) % len(addresses)]
-        tls = await asyncio.to_thread(tls_context, options.peer)
-        session = replace(options.session, host=address, tls=tls)
-        connection = Connection(session, check_peer=peer_check(options.peer))
+        await self._needed()
+        connection = await dial(self._options.peer, self._options.session, next(self._attempts))
         try:
-            await connection.open()
             self._up()
             await self._pump_loop(connection)
         finally:
@@ -160,6 +171,8 @@ class Uplink:
                 if not ready or len(self._in_flight) >= window or self._draining:
                     await self._wait(connection)
                 self._check_progress()
+                if not self._board.reachable(self._options.name):
+                    raise EndpointError("not to be reached from where the vehicle is now")
         finally:
             self._board.claimed.difference_update(record.id for record in ready)
         raise EndpointError(connection.closed.result())

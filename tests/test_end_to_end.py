@@ -220,3 +220,23 @@ times = [{ place = "/ts", seconds = 60 }]
             verify(it.received[0].envelope, {"car-1": Ed25519PrivateKey.generate().public_key()})
         it.client.publish("vehicle/telemetry/speed", b"1.5")  # rules for fields that it does not have: refused
         await it.until(lambda: it.counts()["refused"] == 1)
+
+
+async def test_endpoint_is_not_connected_to_without_need_nor_from_where_the_policy_forbids_it(tmp_path, patience):
+    async with asyncio.timeout(3 * patience), car(tmp_path) as it:
+        policy = (tmp_path / "policy.toml").read_text()
+        (tmp_path / "policy.toml").write_text(
+            policy.replace('countries = ["CN"]', 'countries = ["CN"]\nreach = ["cn"]').replace(
+                '[permit.cn]\npicture = ["cn"]\ntelemetry = ["cn"]', '[permit.cn]\npicture = ["cn"]\ntelemetry = ["hk"]'
+            )
+        )
+        await it.start()
+        await it.at(SHENZHEN)
+        it.telemetry(1)  # permitted for hk, but not from here
+        it.client.publish("vehicle/camera/front", jpeg(), [("time", str(time.time_ns()))])
+        await it.until(lambda: it.counts()["delivered"] == 1)
+        await it.until(lambda: it.counts()["pending"] == 1)
+        assert [row.region for row in it.received] == ["cn"]
+        assert 'uplink.connected endpoint="hk"' not in it.log
+        assert (await it.stop()) == 0
+        assert "agent-hk" not in it.outer["hk"].log_path.read_text()

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from agent.config import load_policy
 from agent.errors import InvalidConfigError
@@ -217,3 +218,17 @@ def test_example_policy_never_lets_chinese_data_out_and_gives_cabin_pictures_no_
     assert rule is not None
     assert rule.action == "refuse"
     assert policy.rule_for("vehicle/camera/cabin").action == "refuse"
+
+
+def test_reach_of_every_region_where_the_vehicle_may_be_limits_the_connections():
+    regions = {"cn": Region(countries=["CN"], reach=["a"]), "hk": Region(countries=["HK"])}
+    endpoints = {name: Endpoint(host=f"{name}.example.com") for name in ENDPOINTS}
+    config = PolicyConfig(version="1", regions=regions, endpoints=endpoints, classes={}, permit={}, rules=[])
+    policy = Policy(config)
+    assert policy.reachable(["cn"], "a")
+    assert not policy.reachable(["cn"], "b")
+    assert policy.reachable(["hk"], "b")
+    assert not policy.reachable(["cn", "hk"], "b")
+    assert policy.reachable([UNLISTED], "b")
+    with pytest.raises(InvalidConfigError, match=r"regions\.cn\.reach"):
+        Policy(replace(config, regions={"cn": Region(countries=["CN"], reach=["nowhere"])}))
