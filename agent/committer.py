@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from agent.entries import MIB, Delivered, Entry, Redecided, Rejected, Released, Store, SweepResult, Withdrawn
-from agent.errors import LedgerEntryError, LedgerError, LedgerStalledError
+from agent.errors import LedgerCorruptError, LedgerEntryError, LedgerError, LedgerStalledError
 from agent.ledger import Ledger
 
 ENTRY_BYTES = 256  # what an entry without an envelope counts
@@ -132,6 +132,7 @@ class Committer:
         self._endings, self._stores = (_Queue(options.queue_entries, options.queue_bytes) for _ in range(2))
         self._wake = asyncio.Event()
         self._closing = False
+        self._sweep_stalled: str | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -141,8 +142,8 @@ class Committer:
 
     @property
     def stalled(self) -> str | None:
-        """Why entries wait for the disk; None while it takes them."""
-        return self._stores.stalled or self._endings.stalled
+        """Why entries or the sweep wait for the disk; None while it takes them."""
+        return self._stores.stalled or self._endings.stalled or self._sweep_stalled
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._commit_loop(), name="ledger-commit")
@@ -174,12 +175,25 @@ class Committer:
         await waiting.done
 
     async def call(self, function: Callable[[Ledger], Result]) -> Result:
-        """Run a function on the ledger's thread, after what was handed to it before. Cancelling does not stop it."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._ledger)
+        """Run a function on the ledger's thread, after what was handed to it before. Cancelling does not stop it.
+
+        LedgerCorruptError ends the committer: the ledger has to be opened again.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._ledger)
+        except LedgerCorruptError as exc:
+            await self._close(exc)
+            raise
 
     async def sweep(self, now_ns: int | None) -> SweepResult:
-        """`Ledger.sweep` on the ledger's thread."""
-        return await self.call(lambda ledger: ledger.sweep(now_ns))
+        """`Ledger.sweep`; what a full or failing disk does not let it do shows in `stalled` and is done next time."""
+        try:
+            result = await self.call(lambda ledger: ledger.sweep(now_ns))
+        except LedgerStalledError as exc:
+            self._sweep_stalled = str(exc)
+            return SweepResult()
+        self._sweep_stalled = None
+        return result
 
     async def _commit_loop(self) -> None:
         try:

@@ -16,11 +16,15 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntakeKey:
-    """Names one PUBLISH of the in-car broker: its session, packet identifier and a digest of topic and payload."""
+    """Names one PUBLISH of the in-car broker: its session, packet identifier and a digest of topic and payload.
+
+    `redelivered` (the DUP flag): an entry whose very PUBLISH is durable already is ignored.
+    """
 
     session: str
     mid: int
     digest: bytes
+    redelivered: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

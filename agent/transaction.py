@@ -62,7 +62,10 @@ class Transaction:
         self._freed_audit = 0
 
     def apply(self, entry: Entry) -> None:
-        """Apply one entry. ValueError, sqlite3.Error or OSError: the transaction is to be rolled back."""
+        """Apply one entry; a redelivery that is recorded already changes nothing.
+
+        ValueError, sqlite3.Error or OSError: the transaction is to be rolled back.
+        """
         match entry:
             case Store():
                 self._store(entry)
@@ -93,12 +96,22 @@ class Transaction:
         self.delta.rows.append(audit.canonical({"n": n, "time_ns": time_ns, "what": what, **row}))
         return n
 
+    def _known(self, intake: IntakeKey | None) -> bool:
+        if intake is None or not intake.redelivered:
+            return False
+        for key in reversed(self.delta.intakes):
+            if (key.session, key.mid) == (intake.session, intake.mid):
+                return key.digest == intake.digest
+        return intake.session not in self.delta.resets and self._books.recorded(intake)
+
     def _received(self, intake: IntakeKey | None) -> None:
         tally.add(self.delta.cells, (tally.RECEIVED, tally.TOTAL, ""), 1)
         if intake is not None:
             self.delta.intakes.append(intake)
 
     def _store(self, entry: Store) -> None:
+        if self._known(entry.intake):
+            return
         record, subject = entry.record, subject_of(entry.record)
         self._received(entry.intake)
         facts = {"reason": entry.reason, **_redaction(entry.redaction)}
@@ -149,6 +162,8 @@ class Transaction:
         tally.add(self.delta.cells, name, max(0, record.sequence - last))
 
     def _refuse(self, entry: Refused) -> None:
+        if self._known(entry.intake):
+            return
         subject = tally.Subject(regions=",".join(entry.regions), data_class=entry.data_class or "")
         self._received(entry.intake)
         tally.step(self.delta.cells, State.REFUSED, subject, marks={"reason": entry.reason})

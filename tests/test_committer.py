@@ -5,6 +5,7 @@ import pytest
 from ledger_samples import delivered, numbers, opened, store
 
 from agent.committer import CommitOptions, Committer
+from agent.entries import SweepResult
 from agent.errors import LedgerCorruptError, LedgerError, LedgerStalledError
 
 
@@ -115,6 +116,31 @@ async def test_damaged_ledger_fails_everyone_at_once_and_from_then_on(ledger):
         assert all(isinstance(result, LedgerCorruptError) for result in results)
         with pytest.raises(LedgerCorruptError):
             await committer.submit(store(9))
+
+
+async def test_damage_seen_while_reading_ends_the_committer(ledger):
+    def read(_):
+        raise LedgerCorruptError("malformed")
+
+    async with Committer(ledger, CommitOptions()) as committer:
+        with pytest.raises(LedgerCorruptError):
+            await committer.call(read)
+        with pytest.raises(LedgerCorruptError):
+            await committer.submit(store(1))
+
+
+async def test_sweep_on_a_full_disk_is_no_error_and_shows_as_stalled(ledger):
+    def sweep(_):
+        raise LedgerStalledError("disk full")
+
+    swept = ledger.sweep
+    async with Committer(ledger, CommitOptions()) as committer:
+        ledger.sweep = sweep
+        assert await committer.sweep(None) == SweepResult()
+        assert committer.stalled == "disk full"
+        ledger.sweep = swept
+        await committer.sweep(None)
+        assert committer.stalled is None
 
 
 async def test_unexpected_failure_of_the_thread_reaches_submitters_and_the_block(ledger):

@@ -214,6 +214,26 @@ def reopened_after_crash(path):
     return opened(path)
 
 
+def test_redelivery_that_is_recorded_already_is_ignored_also_within_one_transaction(ledger):
+    first = store(1, mid=5)
+    again = replace(first, record=record(2), intake=replace(first.intake, redelivered=True))
+    ledger.commit([first, again])
+    ledger.commit([again, refused(intake=again.intake)])
+    assert ledger.counts().received == 1
+    other = replace(again, intake=replace(again.intake, digest=b"another message, same packet identifier"))
+    ledger.commit([other])
+    assert numbers(ledger.pending("cn", limit=10)) == [1, 2]
+    ledger.commit([SessionReset(session="telemetry"), replace(other, record=record(3))])
+    assert ledger.counts().received == 3
+
+
+def test_publish_without_the_dup_flag_is_new_even_if_it_looks_the_same(ledger):
+    first = store(1, mid=5)
+    ledger.commit([first])
+    ledger.commit([replace(first, record=record(2))])
+    assert ledger.counts().received == 2
+
+
 def test_only_the_last_packet_identifiers_of_a_session_are_kept(path):
     ledger = opened(path, intake_window=4)
     for n in range(10):
