@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 from tools.training.dataset import Targets
 from tools.training.losses import Cells, Loss, Objects, loss_of
 from tools.training.network import Network, Shape
-from tools.training.tiles import TILE, Album, batch_of
+from tools.training.tiles import Album, Stream, batch_of
 
 WARM_UP = 300  # steps of rising rate
 LAST_RATE = 0.01  # of the highest rate
 AVERAGE = 0.999  # decay of the moving average per step
+FOLLOW = 4  # steps between its updates
 CLIP = 10.0  # largest norm of a step's gradient
 REPORT = 50  # steps between lines of the log
 
@@ -42,10 +43,9 @@ class Plan:
     folder: Path
     minutes: float
     steps: int = 40_000
-    batch: int = 16
     rate: float = 2e-3
     decay: float = 0.02
-    seed: int = 1
+    stream: Stream = field(default_factory=Stream)
     threads: int = 2
     workers: int = 1
     checkpoint_minutes: float = 4.0
@@ -62,20 +62,20 @@ class _Batches(Dataset[tuple[NDArray[np.uint8], list[Targets]]]):
         return self.plan.steps
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], list[Targets]]:
-        return batch_of(self.album, self.plan.seed, self.first + index, self.plan.batch)
+        return batch_of(self.album, self.plan.stream, self.first + index)
 
 
 class Trainer:
     """Holds network, its moving average and the optimiser; `run` trains until the plan's end."""
 
     def __init__(self, shape: Shape, plan: Plan) -> None:
-        torch.manual_seed(plan.seed)
+        torch.manual_seed(plan.stream.seed)
         torch.set_num_threads(plan.threads)
         self.plan = plan
         self.device = torch.device(plan.device)
         self.network = Network(shape).to(self.device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(requires_grad=False)
-        self.optimiser = torch.optim.AdamW(_groups(self.network, plan.decay), lr=plan.rate)
+        self.optimiser = torch.optim.AdamW(_groups(self.network, plan.decay), lr=plan.rate, fused=True)
         self.step = 0
         self.spent_s = 0.0
 
@@ -107,7 +107,7 @@ class Trainer:
         self.plan.folder.mkdir(parents=True, exist_ok=True)
         started, before = time.monotonic(), self.spent_s
         saved, sums = started, np.zeros(3)
-        cells = Cells.of(TILE, TILE).to(self.device)
+        cells = Cells.of(self.plan.stream.tile, self.plan.stream.tile).to(self.device)
         for pixels, targets in self._batches(album):
             progress = self._progress()
             if progress >= 1:
@@ -149,13 +149,15 @@ class Trainer:
         loss.total().backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
         self.optimiser.step()
-        follow(self.average, self.network, self.step)
+        if self.step % FOLLOW == 0:
+            follow(self.average, self.network, self.step)
         return float(loss.score.detach()), float(loss.box.detach())
 
     def _report(self, sums: NDArray[np.float64], progress: float) -> None:
         score, box = sums[:2] / sums[2]
         line = {
             "step": self.step,
+            "tile": self.plan.stream.tile,
             "minutes": round(self.spent_s / 60, 2),
             "progress": round(progress, 4),
             "score": round(float(score), 4),
@@ -171,13 +173,12 @@ def rate_factor(step: int, progress: float) -> float:
     return warm * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-@torch.no_grad()
 def follow(average: nn.Module, network: nn.Module, step: int) -> None:
     """Move the average toward the network; quickly at first."""
-    decay = min(AVERAGE, (1 + step) / (10 + step))
+    decay = min(AVERAGE**FOLLOW, (1 + step) / (10 + step))
     for mean, value in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
         if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
+            mean.lerp_(value.detach(), 1 - decay)
         else:
             mean.copy_(value)
 

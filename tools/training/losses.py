@@ -155,9 +155,11 @@ def inside(boxes: Tensor, centres: Tensor) -> Tensor:
     )
 
 
-@torch.no_grad()
 def assign(scores: Tensor, boxes: Tensor, objects: Objects, cells: Cells) -> Assignment:
-    """Which cells answer for the objects (none of them ignored); scores (B, N, C) in 0..1, boxes (B, N, C, 4)."""
+    """Which cells answer for the objects (none of them ignored); scores (B, N, C) in 0..1, boxes (B, N, C, 4).
+
+    Scores and boxes come detached: nothing is learnt through the choice.
+    """
     rows, places = objects.pictures, objects.classes
     found = boxes[rows, :, places]
     reached = overlaps(found, objects.boxes[:, None])

@@ -25,7 +25,7 @@ from tools.training.network import INPUT, STRIDES, VALUES_PER_CLASS, Conv, Merge
 TAIL = 1e-4  # share of a tensor's values beyond its calibrated range on each side
 SAMPLE = 20_000  # values kept of a tensor and picture for the percentiles
 
-GIVEN = Input(name=INPUT, long_side=1280, upscale=1.5)
+GIVEN = Input(name=INPUT, long_side=1280, upscale=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,6 @@ from tools.training.augment import Tile, flipped, mosaic, paste_from, weathered
 from tools.training.dataset import Entry, Targets, load_picture, targets_of
 from tools.training.plates import with_plate
 
-TILE = 384  # pixels, a multiple of 32
 GRIDS, GRID_CHANCES = (1, 4, 9), (0.35, 0.45, 0.2)
 PASTE, SYNTHETIC, FLIP = 0.3, 0.25, 0.5  # chances
 EMPHASIS: Mapping[str, float] = {
@@ -51,10 +50,10 @@ class Album:
         return [self.tiles[int(index)] for index in rng.choice(len(self.tiles), size=count, p=self.chances)]
 
 
-def training_tile(album: Album, seed: int, number: int) -> Tile:
-    """Tile `number` of the stream."""
+def training_tile(album: Album, size: int, seed: int, number: int) -> Tile:
+    """Tile `number` of the stream, (size, size) pixels."""
     rng = np.random.default_rng((seed, number))
-    tile = mosaic(album.draw(int(rng.choice(GRIDS, p=GRID_CHANCES)), rng), TILE, rng)
+    tile = mosaic(album.draw(int(rng.choice(GRIDS, p=GRID_CHANCES)), rng), size, rng)
     if rng.random() < PASTE:
         tile = paste_from(tile, album.draw(1, rng)[0], rng)
     if rng.random() < SYNTHETIC:
@@ -64,7 +63,17 @@ def training_tile(album: Album, seed: int, number: int) -> Tile:
     return Tile(pixels=weathered(tile.pixels, rng), targets=tile.targets)
 
 
-def batch_of(album: Album, seed: int, number: int, size: int) -> tuple[NDArray[np.uint8], list[Targets]]:
-    """Batch `number`: pixels (size, TILE, TILE, 3) and their targets."""
-    tiles = [training_tile(album, seed, number * size + index) for index in range(size)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """Which tiles: their side in pixels (a multiple of 32), how many in a batch, and the seed."""
+
+    tile: int = 384
+    batch: int = 16
+    seed: int = 1
+
+
+def batch_of(album: Album, stream: Stream, number: int) -> tuple[NDArray[np.uint8], list[Targets]]:
+    """Batch `number`: pixels (batch, tile, tile, 3) and their targets."""
+    first = number * stream.batch
+    tiles = [training_tile(album, stream.tile, stream.seed, first + index) for index in range(stream.batch)]
     return np.stack([tile.pixels for tile in tiles]), [tile.targets for tile in tiles]

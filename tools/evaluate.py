@@ -1,0 +1,167 @@
+"""`residency-tools evaluate`: what a detector finds, misses and masks for nothing, on any labelled pictures.
+
+One command makes the tables of the model card: the anonymisation test of GB/T 44464-2024, Annex B, recall and coverage
+by size, average precision, over-redacted area, the loss from quantisation, other people's detectors on the same
+pictures at equal false rates, and the time of one pass next to CenterFace in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.progress import track
+
+from agent.detector import Detector
+from agent.messages import Box
+from tools.evaluation.baselines import baselines, find
+from tools.evaluation.contest import LOWEST, Contestant, Outcome, facts_of, judged, outcome, side_by_side
+from tools.evaluation.latency import passes, timed
+from tools.evaluation.readers import read_folder
+from tools.evaluation.report import class_table, contest_table, misses, printed, size_table
+from tools.evaluation.truths import Labelled, from_entry
+from tools.training.dataset import CLASSES, difference_hash, read_entries, split
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("evaluate", help="measure a detector on labelled pictures", description=__doc__)
+    parser.add_argument("pictures", type=Path, help="folder with labels.json, COCO, VOC or YOLO labels")
+    parser.add_argument("--manifest", type=Path, action="append", default=[], help="detector to measure; repeatable")
+    parser.add_argument("--held-out", action="store_true", help="of labels.json only the validation split")
+    parser.add_argument("--classes", default="", help="YOLO class names in order, joined by commas")
+    parser.add_argument(
+        "--baselines", type=Path, action="append", help="folder with other detectors' files; repeatable"
+    )
+    parser.add_argument("--no-baselines", action="store_true", help="leave other people's detectors out")
+    parser.add_argument("--limit", type=int, default=0, help="of the pictures only the first so many of each source")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--latency", action="store_true", help="time one pass next to CenterFace")
+    parser.add_argument("--json", type=Path, help="write everything measured here")
+    parser.add_argument("--misses", type=Path, help="write a contact sheet of the misses here; it shows people")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 0 also where a detector is poor: the figures are the result."""
+    pictures = chosen(args.pictures, held_out=args.held_out, names=_names(args.classes), limit=args.limit)
+    contestants, remarks = _contestants(args)
+    outcomes = {item.name: measured(item, pictures) for item in contestants}
+    facts = {item.name: facts_of(item, outcomes[item.name]) for item in contestants}
+    known = {
+        item.name: {label: own for label in item.labels if (own := judged(outcomes[item.name], label)) is not None}
+        for item in contestants
+    }
+    contest = side_by_side(known)
+    result: dict[str, Any] = {"detectors": facts, "side_by_side": contest, "remarks": remarks}
+    if args.latency:
+        result["latency_ms"] = _latency(args)
+    names = [item.name for item in contestants[: len(args.manifest)]]
+    tables = [table for name in names for table in (class_table(facts[name]), size_table(facts[name]))]
+    print(printed([*tables, contest_table(contest)]), end="")
+    print("\n".join([*_annex_lines(facts, names), *remarks, *_latency_lines(result)]))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if args.misses and names:
+        thresholds = {label: part["threshold"] for label, part in _classes(facts[names[0]]).items()}
+        misses(outcomes[names[0]], thresholds).save(args.misses)
+    return 0
+
+
+def _classes(facts: dict[str, object]) -> dict[str, Any]:
+    classes = facts["classes"]
+    return classes if isinstance(classes, dict) else {}
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def chosen(folder: Path, *, held_out: bool, names: Sequence[str], limit: int) -> list[Labelled]:
+    """The pictures to measure on: all of a folder, or its validation split; at most `limit` of each source."""
+    if held_out:
+        entries = read_entries(folder / "labels.json")
+        hashes = {entry.file: _hash(folder / "train" / entry.file) for entry in entries}
+        pictures = [from_entry(entry, folder / "train") for entry in split(entries, hashes)[1]]
+    else:
+        pictures = read_folder(folder, names)
+    kept: list[Labelled] = []
+    counts: dict[str, int] = {}
+    for picture in pictures:
+        counts[picture.source] = counts.get(picture.source, 0) + 1
+        if not limit or counts[picture.source] <= limit:
+            kept.append(picture)
+    return kept
+
+
+def _hash(path: Path) -> int:
+    with Image.open(path) as picture:
+        return difference_hash(picture)
+
+
+def _contestants(args: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
+    """Detectors by manifest first, then the baselines; and why some of these do not run here."""
+    detectors = [Detector.open(path, threads=args.threads) for path in args.manifest]
+    contestants = [contestant(path.stem, item) for path, item in zip(args.manifest, detectors, strict=True)]
+    remarks: list[str] = []
+    if not args.no_baselines:
+        given = detectors[0].manifest.input if detectors else None
+        upscale, long_side = (given.upscale, given.long_side) if given else (1.0, 1280)
+        for item in baselines(args.baselines or [], upscale, long_side):
+            if isinstance(item, str):
+                remarks.append(item)
+            else:
+                contestants.append(item)
+    return contestants, remarks
+
+
+def contestant(name: str, detector: Detector) -> Contestant:
+    """A manifest's detector at its manifest's thresholds."""
+    labels = tuple(label for label in CLASSES if label in detector.manifest.thresholds)
+    low = dict.fromkeys(labels, LOWEST)
+
+    def detect(picture: Any) -> list[Box]:  # noqa: ANN401 - an array
+        return detector.detect(picture, low)
+
+    return Contestant(name=name, labels=labels, detect=detect, thresholds=detector.manifest.thresholds)
+
+
+def measured(item: Contestant, pictures: Sequence[Labelled]) -> list[Outcome]:
+    """One contestant on all pictures where one of its classes is known."""
+    fitting = [picture for picture in pictures if set(picture.truths) & set(item.labels)]
+    return [outcome(item, picture) for picture in track(fitting, description=item.name, transient=True)]
+
+
+def _latency(args: argparse.Namespace) -> dict[str, float]:
+    path = find("centerface", args.baselines or [])
+    if path is None or not args.manifest:
+        return {}
+    return timed(passes(args.manifest[0], path))
+
+
+def _latency_lines(result: dict[str, Any]) -> list[str]:
+    times = result.get("latency_ms") or {}
+    if not times:
+        return []
+    ratio = times["ours"] / times["centerface"]
+    return [
+        f"one 1280x736 pass, one thread: {times['ours']} ms, CenterFace {times['centerface']} ms: {ratio:.3f} of it"
+    ]
+
+
+def _annex_lines(facts: dict[str, dict[str, object]], names: Sequence[str]) -> list[str]:
+    """The verdict of Annex B in a line for each detector and class."""
+    lines = []
+    for name in names:
+        verdict = facts[name]["annex_b"]
+        for label in ("face", "plate"):
+            part = verdict.get(label) if isinstance(verdict, dict) else None
+            if part:
+                state = "met" if part["shall"] and part["should"] else "not met"
+                counts = "counts of B.4 met" if part["enough"] else "too few pictures or objects for B.4"
+                lines.append(f"GB/T 44464-2024 Annex B, {name}, {label}: {state}; {counts}")
+    return lines

@@ -1,0 +1,1 @@
+"""Measuring a detector on labelled pictures: readers, judgement, summary, baselines, report."""
