@@ -169,6 +169,10 @@ def test_a_gga_sentence_takes_its_day_from_the_last_rmc_also_over_midnight():
     assert fix.time_ns == (NMEA_NOON // 86_400 + 1) * 86_400 * S + S // 2
 
 
+def test_a_place_stands_whatever_sentences_follow_it():
+    assert nmea().read(message(sentence(RMC) + b"\r\n" + sentence("GPGSV,1,1,01,01,40,083,46"))) is not None
+
+
 def test_sentences_without_a_place_give_nothing():
     assert nmea().read(message(sentence(GST) + sentence("GPGSV,1,1,01,01,40,083,46"))) is None
 
@@ -347,6 +351,18 @@ def test_after_a_long_silence_a_source_is_judged_anew():
     for t in range(10):
         freshness.late_ns((START + t) * S, message(b"", t))
     assert freshness.late_ns((START + 5) * S, message(b"", 1_000)) == 995 * S
+
+
+def test_after_a_long_silence_a_time_from_the_future_is_forgotten():
+    freshness = Freshness(window_ns=100 * S)
+    freshness.late_ns((START + 9_000) * S, message(b"", 1))
+    assert freshness.late_ns((START + 1_000) * S, message(b"", 1_000)) == 0
+
+
+def test_a_first_fix_from_the_future_is_of_any_age():
+    assert (
+        FixReader(FULL).read(message({"lat": 22.3, "lon": 114.1, "acc": 5, "ts": START + 200})).doubt_ns == ANY_AGE_NS
+    )
 
 
 def test_a_source_without_times_is_as_late_as_the_broker_made_it_wait():
