@@ -25,7 +25,7 @@ from agent.packed import Leaf, msgpack_leaves, pack, protobuf_leaves, varint
 from agent.pictures import PictureLimits
 from agent.signatures import MIN_PICTURE_BYTES, leading, search
 
-_CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\v\f\r\x1b"})  # never in a text; ESC colours a terminal's log
+_CONTROL = bytes({*range(0x20)} - {*b"\t\n\v\f\r\x1b"})  # never in a text; ESC colours a terminal's log
 _JSON_STARTS = (b"{", b"[", b'"')
 
 
