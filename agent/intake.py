@@ -3,41 +3,45 @@
 Invariants:
 - A PUBACK goes out only after the message's record, or its refusal, is durable; in the order of the PUBLISHes.
 - A message that the broker sends again after a crash, and that is already durable, is acknowledged and not taken twice.
-- How long a message may have waited in the broker counts as doubt about its capture: after a session was resumed,
-  until a marker of our own has come back behind everything that had been waiting.
+- How long a message may have waited in the broker counts as doubt about its capture (`waiting`).
+- A ledger that is damaged ends the agent, so that it starts again with that file set aside.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import random
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from agent import topics
 from agent.backoff import delays
 from agent.board import Board
 from agent.committer import Committer
 from agent.entries import IntakeKey, SessionReset, Store
-from agent.errors import AgentError, PositionError
+from agent.errors import AgentError, LedgerError, PositionError
 from agent.gnss import FixReader
 from agent.line import Line
 from agent.messages import Message, State
 from agent.mqtt import Connection
-from agent.packets import Delivery, Outgoing, Puback, Session
+from agent.packets import Delivery, Outgoing, Session
 from agent.positions import PositionHistory
+from agent.sockets import boot_ns
+from agent.waiting import FOREVER_NS, Waiting
 
 log = logging.getLogger(__name__)
 
 _Unacked = asyncio.Queue[tuple[Delivery, asyncio.Task[None]]]
 
-FOREVER_NS = 10 * 365 * 86_400 * 10**9
-"""A wait that no fix history covers: the message may have been captured anywhere."""
-
+MARKER_SECONDS = 0.25  # between two markers while messages come
+IDLE_SECONDS = 10.0  # between two markers while none come
+MARKER_PATIENCE_SECONDS = 30.0  # a marker that is not back by then is sent again, and the broker's access list doubted
 STABLE_SECONDS = 30.0  # a session that lived so long starts again with the shortest delay
 
 
@@ -94,16 +98,20 @@ class Intake:
     def __init__(self, options: IntakeOptions, inward: Inward, last_alive_ns: int | None) -> None:
         """`last_alive_ns`: when (boot time) an earlier process of this boot had last emptied this session."""
         self.connected = False
-        self.alive_ns = last_alive_ns
+        self._waiting = Waiting(last_alive_ns)
         self._options = options
         self._inward = inward
-        self._caught_up = False
         self._working: set[asyncio.Task[None]] = set()
         self._marker_topic = f"residency-agent/{options.session.client_id}/marker"
-        self._marker = b""
+        self._news = asyncio.Event()
+
+    @property
+    def alive_ns(self) -> int | None:
+        """When (boot time) this session was last known to be empty."""
+        return self._waiting.empty_ns
 
     async def run_loop(self) -> None:
-        """Connect, take, connect again; returns only by cancelling, which loses nothing."""
+        """Connect, take, connect again; returns only by cancelling, which loses nothing. Raises LedgerError."""
         waits = delays(random.random)
         while True:
             started = time.monotonic()
@@ -114,6 +122,8 @@ class Intake:
             )
             try:
                 await self._serve(connection)
+            except LedgerError:
+                raise
             except (AgentError, TimeoutError) as exc:
                 log.warning("intake.lost", extra={"session": self._options.name, "reason": str(exc)})
             except asyncio.CancelledError:
@@ -132,10 +142,8 @@ class Intake:
         session_present = await connection.open()
         if not session_present:
             await self._inward.committer.submit(SessionReset(session=self._options.name))
-        self._caught_up = not session_present
         await connection.subscribe([*self._options.outgoing, *self._options.fixes, self._marker_topic])
-        self._marker = uuid.uuid4().bytes
-        connection.publish(Outgoing(topic=self._marker_topic, payload=self._marker)).add_done_callback(_consume)
+        self._waiting.begin(boot_ns(), resumed=session_present)
         self.connected = True
         log.info("intake.connected", extra={"session": self._options.name, "resumed": session_present})
         await self._take(connection)
@@ -143,14 +151,18 @@ class Intake:
     async def _take(self, connection: Connection) -> None:
         """Receive and acknowledge until the connection is lost; what was started is finished first."""
         unacked: _Unacked = asyncio.Queue(self._options.session.receive_maximum)
-        acker = asyncio.create_task(self._ack_loop(connection, unacked), name=f"ack-{self._options.name}")
-        receiver = asyncio.create_task(self._receive_loop(connection, unacked), name=f"take-{self._options.name}")
+        name = self._options.name
+        tasks = [
+            asyncio.create_task(self._ack_loop(connection, unacked), name=f"ack-{name}"),
+            asyncio.create_task(self._receive_loop(connection, unacked), name=f"take-{name}"),
+            asyncio.create_task(self._marker_loop(connection), name=f"marker-{name}"),
+        ]
         try:
-            await asyncio.wait([acker, receiver], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            receiver.cancel()
-            acker.cancel()
-            results = await asyncio.gather(receiver, acker, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
                 raise result
@@ -158,20 +170,46 @@ class Intake:
     async def _receive_loop(self, connection: Connection, unacked: _Unacked) -> None:
         while True:
             delivery = await connection.receive()
-            if delivery.topic == self._marker_topic:
-                self._on_marker(delivery)
-                connection.ack(delivery)
-                continue
-            work = asyncio.create_task(self._handle(delivery), name=f"message-{self._options.name}")
+            work = asyncio.create_task(self._received(delivery), name=f"message-{self._options.name}")
             self._working.add(work)
             work.add_done_callback(self._working.discard)
             await unacked.put((delivery, work))
 
-    def _on_marker(self, delivery: Delivery) -> None:
-        """Our own message has come back: all that had been waiting in the broker came before it."""
-        if delivery.payload == self._marker:
-            self._caught_up = True
-            self.alive_ns = delivery.monotonic_ns
+    def _received(self, delivery: Delivery) -> Coroutine[Any, Any, None]:
+        """Note the arrival at once; what is left to be done before the PUBACK."""
+        if delivery.topic == self._marker_topic:
+            self._waiting.returned(delivery.payload, delivery.monotonic_ns, delivery.unseen_ns)
+            self._news.set()
+            return _nothing()
+        wait_ns = self._waiting.taken(delivery.monotonic_ns, delivery.unseen_ns)
+        self._news.set()
+        return self._handle(delivery, FOREVER_NS if delivery.retain else wait_ns)
+
+    async def _marker_loop(self, connection: Connection) -> None:
+        """Send a marker through the broker whenever it may have held something back, and from time to time."""
+        while True:
+            marker = uuid.uuid4().bytes
+            self._waiting.mark(marker, boot_ns())
+            puback = await connection.publish(Outgoing(topic=self._marker_topic, payload=marker))
+            if not (puback.accepted and await self._is_back()):
+                log.warning("intake.marker-lost", extra={"session": self._options.name, "code": puback.code})
+            await asyncio.sleep(MARKER_SECONDS)
+            self._news.clear()
+            if self._waiting.flows:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(IDLE_SECONDS):
+                        await self._news.wait()
+
+    async def _is_back(self) -> bool:
+        """Wait for the marker while messages come; False when it stays away."""
+        try:
+            while self._waiting.marked:
+                self._news.clear()
+                async with asyncio.timeout(MARKER_PATIENCE_SECONDS):
+                    await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _ack_loop(self, connection: Connection, unacked: _Unacked) -> None:
         while True:
@@ -179,10 +217,12 @@ class Intake:
             await asyncio.wait([work])  # not awaited itself: cancelling us must not cancel it
             work.result()
             connection.ack(delivery)
+            if delivery.topic != self._marker_topic:
+                self._waiting.acknowledged()
 
-    async def _handle(self, delivery: Delivery) -> None:
+    async def _handle(self, delivery: Delivery, wait_ns: int) -> None:
         """Return when the message is durable, refused on record, or known already; raises LedgerError."""
-        message = self._message(delivery)
+        message = _message(delivery, wait_ns)
         self._inward.fixes.offer(message)
         if not any(topics.matches(topic_filter, message.topic) for topic_filter in self._options.outgoing):
             return
@@ -196,24 +236,6 @@ class Intake:
             if entry.record.state is State.HELD:
                 self._inward.fixes.arrived.set()  # a fix may have come between the decision and the commit
 
-    def _message(self, delivery: Delivery) -> Message:
-        wait_ns = FOREVER_NS if delivery.retain else self._wait_ns(delivery.monotonic_ns)
-        return Message(
-            topic=delivery.topic,
-            payload=delivery.payload,
-            received_ns=delivery.received_ns,
-            monotonic_ns=delivery.monotonic_ns,
-            content_type=delivery.content_type,
-            properties=delivery.properties,
-            wait_ns=wait_ns,
-        )
-
-    def _wait_ns(self, now_ns: int) -> int:
-        if self._caught_up:
-            self.alive_ns = now_ns
-            return 0
-        return FOREVER_NS if self.alive_ns is None else max(now_ns - self.alive_ns, 0)
-
     def _key(self, delivery: Delivery) -> IntakeKey | None:
         if delivery.qos == 0:
             return None
@@ -222,6 +244,17 @@ class Intake:
         return IntakeKey(session=self._options.name, mid=delivery.mid, digest=digest.digest())
 
 
-def _consume(future: asyncio.Future[Puback]) -> None:
-    if not future.cancelled():
-        future.exception()
+def _message(delivery: Delivery, wait_ns: int) -> Message:
+    return Message(
+        topic=delivery.topic,
+        payload=delivery.payload,
+        received_ns=delivery.received_ns,
+        monotonic_ns=delivery.monotonic_ns,
+        content_type=delivery.content_type,
+        properties=delivery.properties,
+        wait_ns=wait_ns,
+    )
+
+
+async def _nothing() -> None:
+    """A message that needs nothing done."""

@@ -5,45 +5,40 @@ Invariants:
   connection is thrown away with its client, and the ledger decides what is sent again.
 - A PUBACK to the in-car broker goes out only through `Connection.ack`, and only on the connection that delivered the
   message: after a lost session the same packet identifier may name another message.
-- Nothing is sent before `check_peer` has accepted the connected socket: it runs before CONNECT.
-- Received messages wait in a bounded queue; when it is full the socket is not read, which pushes back by TCP.
+- Received messages wait in a bounded queue; while it is full the socket is not read, which pushes back by TCP.
+- Each delivery says how long it may have lain in the socket unseen, so that a stalled process is no hidden delay.
+- A connection that failed is reset: what its socket had not sent yet goes to nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from paho.mqtt.client import Client, ConnectFlags, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.errors import EndpointError
-from agent.packets import Delivery, Outgoing, Puback, Session
+from agent.inbox import Inbox
+from agent.mqtt_client import CONNECT_SECONDS, connect, new_client
+from agent.packets import Delivery, Outgoing, PackedProperties, Puback, Session
+from agent.sockets import boot_ns
+from agent.threads import beside
+from agent.transport import Transport
 
 if TYPE_CHECKING:  # paho defines it for type checkers only
     from paho.mqtt.client import SocketLike
 
-CONNECT_SECONDS = 10.0  # TCP, TLS and CONNACK together
-MISC_SECONDS = 1.0  # paho's keep-alive bookkeeping
+MISC_SECONDS = 1.0  # paho's keep-alive bookkeeping, and a look at the socket
 _NUMBERS = itertools.count(1)
 
-MAX_READS = 64  # packets per readiness event, so that one busy session cannot starve the loop
-
-
-class _DirectClient(Client):
-    """A client that connects to the address it is given, whatever `mqtt_proxy` in the environment says."""
-
-    def _get_proxy(self) -> None:
-        """No proxy: its address was not judged, and it would see the traffic."""
+PACKET_TOO_LARGE = 0x95  # MQTT 5.0, 2.4
 
 
 class Connection:
@@ -60,47 +55,21 @@ class Connection:
         self.number = next(_NUMBERS)
         self._session = session
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
-        self._check_peer = check_peer
-        self._queue_limit = queue_limit
-        self._queue_bytes = queue_bytes
-        self._queued_bytes = 0
-        self._packets = 0
-        self._socket: SocketLike | None = None
-        self._reading = False
+        self._inbox = Inbox(queue_limit, queue_bytes)
         self._connack: asyncio.Future[bool] = self._loop.create_future()
         self._pubacks: dict[int, asyncio.Future[Puback]] = {}
         self._subacks: dict[int, asyncio.Future[list[ReasonCode]]] = {}
         self._misc: asyncio.Task[None] | None = None
         self.closed: asyncio.Future[str] = self._loop.create_future()
-        self._deliveries: deque[Delivery] = deque()
-        self._arrived = asyncio.Event()
         self.receive_maximum = 65_535
         self.maximum_packet_size: int | None = None
         self._client = self._make_client()
+        self._transport = Transport(
+            self._client, check_peer=check_peer, wanted=lambda: not self._inbox.full, lost=self._finish
+        )
 
     def _make_client(self) -> Client:
-        session, is_v5 = self._session, self._session.protocol == "5"
-        client = _DirectClient(
-            CallbackAPIVersion.VERSION2,
-            client_id=session.client_id,
-            protocol=MQTTProtocolVersion.MQTTv5 if is_v5 else MQTTProtocolVersion.MQTTv311,
-            clean_session=None if is_v5 else session.clean_start,
-            manual_ack=True,
-            reconnect_on_failure=False,
-        )
-        client.connect_timeout = CONNECT_SECONDS
-        client.max_inflight_messages_set(0)  # the uplink keeps its own window
-        if session.username:
-            client.username_pw_set(session.username, session.password)
-        if session.tls is not None:
-            client.tls_set_context(session.tls)
-        if session.will is not None:
-            client.will_set(session.will.topic, session.will.payload, qos=1, retain=True)
-        client.on_socket_open = self._on_socket_open
-        client.on_socket_close = self._on_socket_close
-        client.on_socket_register_write = self._on_register_write
-        client.on_socket_unregister_write = self._on_unregister_write
+        client = new_client(self._session)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
@@ -112,7 +81,7 @@ class Connection:
         """Connect; whether the broker had kept our session. Raises EndpointError. Cancelling closes the connection."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                await self._loop.run_in_executor(None, self._connect)
+                await beside(lambda: connect(self._client, self._session), name=f"connect-{self._session.client_id}")
                 self._misc = asyncio.create_task(self._misc_loop(), name=f"mqtt-misc-{self._session.client_id}")
                 return await self._connack
         except (OSError, TimeoutError, ValueError) as exc:
@@ -121,19 +90,6 @@ class Connection:
         except BaseException:
             self.close("cancelled")
             raise
-
-    def _connect(self) -> None:
-        session = self._session
-        if session.protocol == "5":
-            properties = Properties(PacketTypes.CONNECT)
-            properties.SessionExpiryInterval = session.session_expiry_s
-            properties.ReceiveMaximum = session.receive_maximum
-            properties.MaximumPacketSize = session.maximum_packet_bytes
-            self._client.connect(
-                session.host, session.port, session.keepalive_s, clean_start=session.clean_start, properties=properties
-            )
-        else:
-            self._client.connect(session.host, session.port, session.keepalive_s)
 
     async def subscribe(self, filters: Sequence[str]) -> None:
         """Subscribe at QoS 1, without retained messages where MQTT 5 allows. Raises EndpointError when refused."""
@@ -153,14 +109,13 @@ class Connection:
 
     async def receive(self) -> Delivery:
         """The next message; raises EndpointError once the connection is closed. Cancelling loses nothing."""
-        while not self._deliveries:
+        while not self._inbox:
             if self.closed.done():
                 raise EndpointError(self.closed.result())
-            await self._arrived.wait()
-            self._arrived.clear()
-        delivery = self._deliveries.popleft()
-        self._queued_bytes -= len(delivery.payload)
-        self._resume_reading()
+            await self._inbox.arrived.wait()
+            self._inbox.arrived.clear()
+        delivery = self._inbox.take()
+        self._transport.resume()
         return delivery
 
     def ack(self, delivery: Delivery) -> None:
@@ -169,32 +124,63 @@ class Connection:
             self._client.ack(delivery.mid, delivery.qos)
 
     def publish(self, message: Outgoing) -> asyncio.Future[Puback]:
-        """Publish at QoS 1; the future gives the PUBACK, or EndpointError when the connection is lost before it."""
+        """Publish at QoS 1; the future gives the PUBACK, or EndpointError when the connection is lost before it.
+
+        A message above the broker's Maximum Packet Size is not sent: the future gives Packet too large.
+        """
         future: asyncio.Future[Puback] = self._loop.create_future()
         if self.closed.done():
             future.set_exception(EndpointError(self.closed.result()))
             return future
-        properties = message.packed() if self._session.protocol == "5" else None
+        is_v5 = self._session.protocol == "5"
+        packed = message.packed() if is_v5 else b""
+        size = message.size(packed)
+        if self.maximum_packet_size is not None and size > self.maximum_packet_size:
+            future.set_result(Puback(code=PACKET_TOO_LARGE))
+            return future
+        properties = PackedProperties(packed) if is_v5 else None
         info = self._client.publish(message.topic, message.payload, 1, message.retain, properties)
+        self._transport.unsent += size
         self._pubacks[info.mid] = future
         return future
 
+    @property
+    def unsent(self) -> int:
+        """Bytes of publishes that wait for the socket."""
+        return self._transport.unsent
+
+    def on_drained(self, call: Callable[[], None]) -> None:
+        """Have `call` called whenever the socket has taken all publishes."""
+        self._transport.on_drained = call
+
+    def goal(self) -> int:
+        """What `acknowledged` must reach until the peer's TCP has all that was published so far."""
+        gauge = self._transport.gauge
+        return gauge.goal() + self.unsent if gauge is not None else 0
+
+    def acknowledged(self) -> int:
+        """Bytes that the peer's TCP has taken so far: a sign of life while a large record is under way."""
+        gauge = self._transport.gauge
+        return gauge.acknowledged() if gauge is not None else 0
+
     def close(self, reason: str = "closed by us") -> None:
-        """End the connection; publishes without PUBACK fail. Idempotent."""
+        """Say goodbye and end the connection; publishes without PUBACK fail. Idempotent."""
         if self.closed.done():
             return
         self._client.disconnect()
         self._client.loop_write()
+        self._finish(reason, graceful=True)
+
+    def abort(self, reason: str) -> None:
+        """End the connection at once; nothing more of it reaches the peer. Idempotent."""
         self._finish(reason)
 
-    def _finish(self, reason: str) -> None:
+    def _finish(self, reason: str, *, graceful: bool = False) -> None:
         if self.closed.done():
             return
         self.closed.set_result(reason)
-        self._arrived.set()
-        self._detach()
-        if self._socket is not None:
-            self._socket.close()
+        self._inbox.arrived.set()
+        self._transport.end(graceful=graceful)
         if self._misc is not None:
             self._misc.cancel()
         error = EndpointError(reason)
@@ -208,82 +194,14 @@ class Connection:
     async def _misc_loop(self) -> None:
         while True:
             await asyncio.sleep(MISC_SECONDS)
-            if self._client.loop_misc() != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            if not self._transport.keep_alive(self._session.keepalive_s):
                 self._finish("no answer within the keep alive")
                 return
-
-    # paho calls the socket callbacks of `connect` in the executor's thread, all others in the loop's.
-
-    def _on_socket_open(self, _client: Client, _userdata: object, sock: SocketLike) -> None:
-        try:
-            self._check_peer(sock)
-        except EndpointError:
-            sock.close()  # nothing, not even a DISCONNECT, goes to a peer that is not the endpoint
-            raise
-        self._loop.call_soon_threadsafe(self._attach, sock)
-
-    def _on_socket_close(self, _client: Client, _userdata: object, _sock: SocketLike) -> None:
-        if threading.get_ident() == self._thread:
-            self._detach()  # at once: a closed descriptor cannot be taken out of the selector
-
-    def _on_register_write(self, _client: Client, _userdata: object, sock: SocketLike) -> None:
-        self._loop.call_soon_threadsafe(self._add_writer, sock)
-
-    def _on_unregister_write(self, _client: Client, _userdata: object, sock: SocketLike) -> None:
-        if sock.fileno() >= 0 and threading.get_ident() == self._thread:
-            self._loop.remove_writer(sock)
-
-    def _attach(self, sock: SocketLike) -> None:
-        if self.closed.done():
-            sock.close()
-            return
-        self._socket = sock
-        self._resume_reading()
-
-    def _add_writer(self, sock: SocketLike) -> None:
-        if sock.fileno() >= 0 and not self.closed.done():
-            self._loop.add_writer(sock, self._client.loop_write)
-
-    def _detach(self) -> None:
-        if self._socket is not None and self._socket.fileno() >= 0:
-            self._loop.remove_reader(self._socket)
-            self._loop.remove_writer(self._socket)
-        self._reading = False
-
-    def _resume_reading(self) -> None:
-        if self._socket is None or self._reading or self._queue_is_full() or self.closed.done():
-            return
-        self._reading = True
-        self._loop.add_reader(self._socket, self._read)
-        self._loop.call_soon(self._read)  # TLS may hold bytes that the selector does not see
-
-    def _read(self) -> None:
-        for _ in range(MAX_READS):
-            if not self._reading:
-                return
-            if self._queue_is_full():
-                self._pause_reading()
-                return
-            before = self._packets
-            if self._client.loop_read() != MQTTErrorCode.MQTT_ERR_SUCCESS:
-                self._finish("the connection was lost")
-                return
-            if self._packets == before:
-                return  # no whole packet was there: the selector calls again
-        self._loop.call_soon(self._read)
-
-    def _queue_is_full(self) -> bool:
-        return len(self._deliveries) >= self._queue_limit or self._queued_bytes >= self._queue_bytes
-
-    def _pause_reading(self) -> None:
-        if self._socket is not None:
-            self._loop.remove_reader(self._socket)
-        self._reading = False
 
     def _on_connect(
         self, _client: Client, _userdata: object, flags: ConnectFlags, code: ReasonCode, properties: Properties | None
     ) -> None:
-        self._packets += 1
+        self._transport.packets += 1
         if self._connack.done():
             return
         if code.is_failure:
@@ -291,14 +209,17 @@ class Connection:
             return
         self.receive_maximum = getattr(properties, "ReceiveMaximum", 65_535)
         self.maximum_packet_size = getattr(properties, "MaximumPacketSize", None)
+        if self.receive_maximum < 1 or getattr(properties, "MaximumQoS", 1) < 1:
+            self._connack.set_exception(EndpointError("CONNACK: the broker takes nothing at QoS 1"))
+            return
         self._connack.set_result(flags.session_present)
 
     def _on_disconnect(self, _client: Client, _userdata: object, _flags: object, code: ReasonCode, _: object) -> None:
         self._loop.call_soon_threadsafe(self._finish, f"DISCONNECT: {code}")
 
     def _on_message(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
-        self._packets += 1
-        properties = message.properties
+        self._transport.packets += 1
+        properties, gauge, now_ns = message.properties, self._transport.gauge, boot_ns()
         delivery = Delivery(
             connection=self.number,
             topic=message._topic.decode("utf-8", "backslashreplace"),  # noqa: SLF001 - `topic` raises on bad UTF-8
@@ -310,20 +231,19 @@ class Connection:
             content_type=getattr(properties, "ContentType", None),
             properties=tuple(getattr(properties, "UserProperty", ())),
             received_ns=time.time_ns(),
-            monotonic_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            monotonic_ns=now_ns,
+            unseen_ns=gauge.unseen_ns(now_ns) if gauge is not None else 0,
         )
-        self._queued_bytes += len(delivery.payload)
-        self._deliveries.append(delivery)
-        self._arrived.set()
+        self._inbox.put(delivery)
 
     def _on_publish(self, _client: Client, _userdata: object, mid: int, code: ReasonCode, _: object) -> None:
-        self._packets += 1
+        self._transport.packets += 1
         future = self._pubacks.pop(mid, None)
         if future is not None and not future.done():
             future.set_result(Puback(code=code.value))
 
     def _on_subscribe(self, _client: Client, _userdata: object, mid: int, codes: list[ReasonCode], _: object) -> None:
-        self._packets += 1
+        self._transport.packets += 1
         future = self._subacks.pop(mid, None)
         if future is not None and not future.done():
             future.set_result(codes)

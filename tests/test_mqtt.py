@@ -99,7 +99,7 @@ async def test_full_queue_stops_reading_and_loses_nothing(broker, patience):
         got = []
         for _ in range(200):
             delivery = await receiver.receive()
-            assert len(receiver._deliveries) <= 2
+            assert len(receiver._inbox) <= 2
             receiver.ack(delivery)
             got.append(int(delivery.payload))
         receiver.close()
