@@ -1,0 +1,291 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from agent.detector import Detector, frame_of, prepared
+from agent.errors import ModelError
+from agent.manifest import Input, read_manifest
+
+CLASSES = ["person", "face", "plate"]
+
+
+def model_bytes(nodes, constants, *, output=(1, "n", "v"), given=(1, "h", "w", 3), kind=TensorProto.UINT8):
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("picture", kind, list(given))],
+        [helper.make_tensor_value_info("cells", TensorProto.FLOAT, list(output))],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    return model.SerializeToString()
+
+
+def constant_model(value):
+    """Whatever the picture, this output: (1, N, V)."""
+    nodes = [
+        helper.make_node("Cast", ["picture"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["real"], ["sum"], keepdims=0),
+        helper.make_node("Mul", ["sum", "nothing"], ["zero"]),
+        helper.make_node("Add", ["value", "zero"], ["cells"]),
+    ]
+    constants = {"value": np.asarray(value, np.float32), "nothing": np.float32(0)}
+    return model_bytes(nodes, constants, output=np.shape(value))
+
+
+def mean_model():
+    """One stride-32 cell layer: person's logit is the cell's mean brightness less 100; all sides one stride away."""
+    weight = np.zeros((15, 3, 32, 32), np.float32)
+    weight[0] = 1 / (3 * 32 * 32)
+    bias = np.full(15, 0, np.float32)
+    bias[:3] = (-100, -50, -50)
+    nodes = [
+        helper.make_node("Transpose", ["picture"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["planes"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["real", "w", "b"], ["map"], kernel_shape=[32, 32], strides=[32, 32]),
+        helper.make_node("Reshape", ["map", "flat"], ["rows"]),
+        helper.make_node("Transpose", ["rows"], ["cells"], perm=[0, 2, 1]),
+    ]
+    return model_bytes(nodes, {"w": weight, "b": bias, "flat": np.array([1, 15, -1], np.int64)})
+
+
+def manifest_for(folder, data, **changes):
+    content = {
+        "format": 1,
+        "model": "tiny.onnx",
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "input": {"name": "picture", "long_side": 256},
+        "output": {"name": "cells", "layout": "cells", "strides": [32]},
+        "classes": CLASSES,
+        "thresholds": {"person": 0.5, "face": 0.5, "plate": 0.5},
+    }
+    content.update(changes)
+    (folder / "tiny.onnx").write_bytes(data)
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def picture(height=128, width=256):
+    return np.zeros((height, width, 3), np.uint8)
+
+
+def test_bright_cell_is_found_where_it_is(tmp_path):
+    detector = Detector.open(manifest_for(tmp_path, mean_model()))
+    scene = picture()
+    scene[32:64, 96:128] = 255
+    (box,) = detector.detect(scene)
+    assert (box.label, box.x1, box.y1, box.x2, box.y2) == ("person", 80, 16, 144, 80)
+    assert 0.99 < box.score <= 1
+
+
+def test_boxes_are_in_the_picture_s_own_pixels_when_the_input_is_smaller(tmp_path):
+    detector = Detector.open(manifest_for(tmp_path, mean_model()))
+    scene = picture(256, 512)
+    scene[64:128, 192:256] = 255
+    (box,) = detector.detect(scene)
+    assert (box.x1, box.y1, box.x2, box.y2) == (160, 32, 288, 160)
+
+
+def test_box_at_the_edge_is_clipped_to_the_picture(tmp_path):
+    detector = Detector.open(manifest_for(tmp_path, mean_model()))
+    scene = picture()
+    scene[96:128, 224:256] = 255
+    (box,) = detector.detect(scene)
+    assert (box.x2, box.y2) == (256, 128)
+
+
+def test_nothing_in_the_picture_gives_no_box(tmp_path):
+    assert Detector.open(manifest_for(tmp_path, mean_model())).detect(picture()) == []
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (33, 31), (2000, 3)])
+def test_pictures_of_any_shape_are_taken(tmp_path, size):
+    Detector.open(manifest_for(tmp_path, mean_model())).detect(np.full((*size, 3), 255, np.uint8))
+
+
+def test_same_picture_gives_the_same_boxes_whatever_the_threads(tmp_path):
+    path = manifest_for(tmp_path, mean_model())
+    scene = np.random.default_rng(1).integers(0, 256, (200, 300, 3), np.uint8)
+    results = [Detector.open(path, threads=threads).detect(scene, {"person": 0.01}) for threads in (1, 2, 1)]
+    assert results[0] == results[1] == results[2]
+
+
+def test_threshold_of_a_class_decides_what_is_a_box(tmp_path):
+    path = manifest_for(tmp_path, mean_model(), thresholds={"person": 0.999999, "face": 0.5, "plate": 0.5})
+    scene = picture()
+    scene[32:64, 96:128] = 102
+    detector = Detector.open(path)
+    assert detector.detect(scene) == []
+    assert len(detector.detect(scene, {"person": 0.6})) == 1
+
+
+def test_digest_is_the_hash_of_the_file(tmp_path):
+    data = mean_model()
+    assert Detector.open(manifest_for(tmp_path, data)).digest == hashlib.sha256(data).hexdigest()
+
+
+def test_altered_model_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    path = manifest_for(tmp_path, mean_model())
+    data = bytearray((tmp_path / "tiny.onnx").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "tiny.onnx").write_bytes(data)
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: pytest.fail("the bytes were loaded"))
+    with pytest.raises(ModelError, match="not the one of the manifest"):
+        Detector.open(path)
+
+
+def test_missing_model_is_refused(tmp_path):
+    path = manifest_for(tmp_path, mean_model())
+    (tmp_path / "tiny.onnx").unlink()
+    with pytest.raises(ModelError, match=r"tiny.onnx: the model cannot be read"):
+        Detector.open(path)
+
+
+def test_oversized_model_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr("agent.detector.LARGEST_MODEL", 10)
+    with pytest.raises(ModelError, match="larger than 10 bytes"):
+        Detector.open(manifest_for(tmp_path, mean_model()))
+
+
+def test_bytes_that_are_no_model_are_refused_even_with_the_right_hash(tmp_path):
+    with pytest.raises(ModelError, match="onnxruntime cannot load it"):
+        Detector.open(manifest_for(tmp_path, b"no model"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": {"name": "image"}}, "no input 'image'"),
+        ({"input": {"name": "picture", "dtype": "float32"}}, "wanted tensor\\(float\\)"),
+        ({"output": {"name": "boxes", "layout": "cells", "strides": [32]}}, "no output 'boxes'"),
+    ],
+)
+def test_model_whose_ends_are_not_the_manifest_s_is_refused(tmp_path, change, message):
+    with pytest.raises(ModelError, match=message):
+        Detector.open(manifest_for(tmp_path, mean_model(), **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format is 2"),
+        ({"model": "../tiny.onnx"}, "plain file name"),
+        ({"sha256": "12"}, "64 small hexadecimal"),
+        ({"classes": ["person", "dog", "plate"]}, "dog"),
+        ({"classes": [None, None, None]}, "nothing that could be masked"),
+        ({"thresholds": {"person": 0.5}}, "different labels"),
+        ({"thresholds": {"person": 1.5, "face": 0.5, "plate": 0.5}}, "between 0 and 1"),
+        ({"surprise": 1}, "surprise"),
+        ({"input": {"name": "picture", "layout": "HWC"}}, "HWC"),
+        ({"input": {"name": "picture", "colour": "YUV"}}, "YUV"),
+        ({"input": {"name": "picture", "dtype": "int4"}}, "int4"),
+        ({"input": {"name": "picture", "long_side": 0}}, "between 1 and 8192"),
+        ({"input": {"name": "picture", "upscale": 9}}, "upscale"),
+        ({"input": {"name": "picture", "divide": 0}}, "divide"),
+        ({"input": {"name": "picture", "pad": 300}}, "pad"),
+        ({"output": {"name": "cells", "layout": "cells"}}, "strides is needed"),
+        ({"output": {"name": "cells", "layout": "cells", "strides": [0]}}, "above 0"),
+        ({"output": {"name": "cells", "layout": "cells", "strides": [8], "suppression": 0}}, "suppression"),
+        ({"output": {"name": "cells", "layout": "grid"}}, "grid"),
+    ],
+)
+def test_manifest_s_mistake_is_named(tmp_path, change, message):
+    with pytest.raises(ModelError, match=message):
+        read_manifest(manifest_for(tmp_path, b"", **change))
+
+
+def test_manifest_that_is_missing_or_no_json_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_manifest(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ModelError, match="not valid"):
+        read_manifest(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_output_that_is_not_finite_is_no_result(tmp_path, number):
+    value = np.zeros((1, 8, 15), np.float32)
+    value[0, 3, 7] = number
+    detector = Detector.open(manifest_for(tmp_path, constant_model(value)))
+    with pytest.raises(ModelError, match="not finite"):
+        detector.detect(picture(64, 128))
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 15), (1, 8, 14), (2, 8, 15)])
+def test_output_of_the_wrong_shape_is_no_result(tmp_path, shape):
+    detector = Detector.open(manifest_for(tmp_path, constant_model(np.zeros(shape))))
+    with pytest.raises(ModelError, match="shape"):
+        detector.detect(picture(64, 128))
+
+
+def test_failure_inside_the_session_is_a_model_error(tmp_path):
+    fixed = model_bytes(
+        [
+            helper.make_node("Cast", ["picture"], ["real"], to=TensorProto.FLOAT),
+            helper.make_node("Reshape", ["real", "shape"], ["cells"]),
+        ],
+        {"shape": np.array([1, 7, 11], np.int64)},
+    )
+    detector = Detector.open(manifest_for(tmp_path, fixed))
+    with pytest.raises(ModelError, match="onnxruntime failed"):
+        detector.detect(picture())
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 4)), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8)])
+def test_what_is_no_rgb_picture_is_the_caller_s_mistake(tmp_path, bad):
+    with pytest.raises(ValueError, match="uint8"):
+        Detector.open(manifest_for(tmp_path, mean_model())).detect(bad)
+
+
+CORNERS = np.zeros((1, 2, 7), np.float32)
+CORNERS[0, 0] = (8, 8, 24, 40, 0.1, 0.9, 0.2)
+CORNERS[0, 1] = (9, 8, 24, 40, 0.1, 0.8, 0.2)
+
+
+def test_foreign_detector_with_corner_boxes_can_be_brought(tmp_path):
+    path = manifest_for(tmp_path, constant_model(CORNERS), output={"name": "cells", "layout": "corners"})
+    (box,) = Detector.open(path).detect(picture(64, 64))
+    assert (box.label, box.x1, box.y1, box.x2, box.y2) == ("face", 8, 8, 24, 40)
+    assert box.score == pytest.approx(0.9)
+
+
+def test_foreign_detector_with_centres_in_columns_and_a_class_of_no_use_can_be_brought(tmp_path):
+    rows = np.array([[16, 24, 16, 32, 0.9, 0.95], [50, 50, 4, 4, 0.1, 0.9]], np.float32)
+    path = manifest_for(
+        tmp_path,
+        constant_model(rows.T[None]),
+        output={"name": "cells", "layout": "centres"},
+        classes=[None, "plate"],
+        thresholds={"plate": 0.92},
+    )
+    (box,) = Detector.open(path).detect(picture(64, 64))
+    assert (box.label, box.x1, box.y1, box.x2, box.y2) == ("plate", 8, 8, 24, 40)
+
+
+def test_foreign_detector_whose_scores_are_no_shares_is_no_result(tmp_path):
+    path = manifest_for(tmp_path, constant_model(CORNERS * 3), output={"name": "cells", "layout": "corners"})
+    with pytest.raises(ModelError, match=r"outside 0..1"):
+        Detector.open(path).detect(picture(64, 64))
+
+
+def test_planes_first_blue_first_and_shares_of_one_are_prepared_as_the_manifest_says():
+    given = Input(name="x", layout="NCHW", colour="BGR", dtype="float32", divide=255, long_side=64, pad=0)
+    scene = picture(20, 30)
+    scene[..., 0] = 255
+    batch = prepared(scene, frame_of(30, 20, given), given)
+    assert (batch.shape, batch.dtype) == ((1, 3, 32, 32), np.float32)
+    assert batch[0, 2, :20, :30].min() == 1
+    assert batch[0, :2].max() == 0
+    assert batch[0, 2, 20:].max() == 0
+
+
+def test_fixed_input_keeps_its_size_and_its_padding():
+    given = Input(name="x", fixed=(64, 96), pad=7)
+    batch = prepared(np.full((50, 100, 3), 200, np.uint8), frame_of(100, 50, given), given)
+    assert batch.shape == (1, 96, 64, 3)
+    assert (batch[0, :32] == 200).all()
+    assert (batch[0, 32:] == 7).all()
