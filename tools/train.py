@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,8 @@ def run_network(args: argparse.Namespace) -> int:
     if args.resume:
         trainer.resume(args.resume)
     print(f"{len(training)} pictures, from step {trainer.step}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stopping", True))
+    signal.signal(signal.SIGINT, lambda *_: setattr(trainer, "stopping", True))
     print(trainer.run(album))
     return 0
 

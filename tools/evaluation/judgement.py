@@ -16,7 +16,7 @@ from tools.evaluation.truths import Floats, Truth
 
 COVERED = 0.5  # share of an object's box that must be masked: GB/T 44464-2024, B.5.3
 MATCHED = 0.5  # intersection over union of a match
-RASTER = 48  # cells along each side of an object's box when its masked share is counted
+RASTER = 100  # cells along each side of an object's box when its masked share is counted
 NEVER = -1.0  # the score of what no threshold reaches
 
 

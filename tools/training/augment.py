@@ -19,7 +19,7 @@ from tools.training.dataset import CLASSES, Targets
 
 Pixels = NDArray[np.uint8]
 
-SIZES = {"person": (16.0, 330.0), "face": (7.0, 150.0), "plate": (6.0, 100.0)}  # smaller side (person: height), pixels
+SIZES = {"person": (16.0, 400.0), "face": (7.0, 220.0), "plate": (6.0, 180.0)}  # smaller side (person: height), pixels
 SCALES = (0.3, 2.2)  # limits of the scale jitter
 COVER = 0.8  # a picture fills at least this share of its cell's longer relation
 SEEN = 0.3  # visible share of an object below which its rest teaches nothing

@@ -78,6 +78,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(_groups(self.network, plan.decay), lr=plan.rate, fused=True)
         self.step = 0
         self.spent_s = 0.0
+        self.stopping = False
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of the same shape."""
@@ -103,14 +104,14 @@ class Trainer:
         return part.replace(path)
 
     def run(self, album: Album) -> Path:
-        """Train until steps or minutes are used up; the path of the last checkpoint."""
+        """Train until steps or minutes are used up or `stopping` is set; the path of the last checkpoint."""
         self.plan.folder.mkdir(parents=True, exist_ok=True)
         started, before = time.monotonic(), self.spent_s
         saved, sums = started, np.zeros(3)
         cells = Cells.of(self.plan.stream.tile, self.plan.stream.tile).to(self.device)
         for pixels, targets in self._batches(album):
             progress = self._progress()
-            if progress >= 1:
+            if self.stopping or progress >= 1:
                 break
             sums += (*self._learn(pixels, targets, cells, progress), 1)
             self.step += 1

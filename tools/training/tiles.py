@@ -14,7 +14,7 @@ from tools.training.augment import Tile, flipped, mosaic, paste_from, weathered
 from tools.training.dataset import Entry, Targets, load_picture, targets_of
 from tools.training.plates import with_plate
 
-GRIDS, GRID_CHANCES = (1, 4, 9), (0.35, 0.45, 0.2)
+GRIDS, GRID_CHANCES = (1, 4, 9), (0.5, 0.4, 0.1)
 PASTE, SYNTHETIC, FLIP = 0.3, 0.25, 0.5  # chances
 EMPHASIS: Mapping[str, float] = {
     "coco_minis": 2.0,

@@ -1,0 +1,288 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from agent.messages import Box
+from tools.evaluate import chosen
+from tools.evaluation.contest import Contestant, facts_of, outcome
+from tools.evaluation.judgement import NEVER, Found, judge, masked_outside
+from tools.evaluation.readers import LabelsError, read_folder
+from tools.evaluation.report import class_table, contest_table, misses, percent, printed, size_table
+from tools.evaluation.summary import (
+    Rate,
+    annex_b,
+    average_precision,
+    class_facts,
+    detection_rate,
+    false_rate,
+    joined,
+    recall,
+    threshold_for,
+)
+from tools.evaluation.truths import Labelled, Truth, from_entry, rows
+from tools.training.dataset import Entry
+
+
+def found(*items):
+    listed = sorted(items, key=lambda item: -item[4])
+    return Found(boxes=rows([item[:4] for item in listed]), scores=np.array([item[4] for item in listed], np.float64))
+
+
+def truth(*objects, ignored=()):
+    return Truth(objects=rows(objects), ignored=rows(ignored))
+
+
+def test_object_is_covered_from_the_score_at_which_half_of_it_is_masked():
+    judged = judge("plate", found((0, 0, 30, 50, 0.9), (25, 0, 60, 50, 0.4)), truth((0, 0, 100, 50)))
+    assert judged.covered.tolist() == [0.4]
+    assert detection_rate(judged, 0.4).hits == 1
+    assert detection_rate(judged, 0.41).hits == 0
+
+
+def test_object_of_which_less_than_half_is_masked_is_never_covered():
+    assert judge("face", found((0, 0, 49, 100, 0.9)), truth((0, 0, 100, 100))).covered.tolist() == [NEVER]
+
+
+def test_two_masks_on_the_same_half_do_not_add_up():
+    judged = judge("face", found((0, 0, 40, 100, 0.9), (0, 0, 40, 100, 0.8)), truth((0, 0, 100, 100)))
+    assert judged.covered.tolist() == [NEVER]
+
+
+def test_second_box_on_a_matched_object_matches_nothing_but_is_not_false():
+    judged = judge("face", found((0, 0, 10, 10, 0.9), (0, 0, 10, 11, 0.8)), truth((0, 0, 10, 10)))
+    assert judged.right.tolist() == [True, False]
+    assert judged.false.tolist() == [False, False]
+
+
+def test_box_is_false_only_when_it_intersects_no_object():
+    judged = judge("plate", found((9, 9, 30, 30, 0.9), (10, 0, 20, 10, 0.8)), truth((0, 0, 10, 10)))
+    assert judged.false.tolist() == [False, True]
+
+
+def test_box_on_an_ignored_place_is_neither_right_nor_wrong():
+    judged = judge("person", found((50, 50, 60, 60, 0.9)), truth((0, 0, 10, 10), ignored=[(40, 40, 80, 80)]))
+    assert judged.false.tolist() == [False]
+    assert judged.neutral.tolist() == [True]
+
+
+def test_person_s_size_is_the_height_and_a_plate_s_the_smaller_side():
+    box = (0, 0, 20, 60)
+    assert judge("person", found(), truth(box)).sizes.tolist() == [60]
+    assert judge("plate", found(), truth(box)).sizes.tolist() == [20]
+
+
+def test_false_rate_counts_all_boxes_and_recall_only_objects_of_the_size():
+    judged = judge(
+        "plate",
+        found((0, 0, 40, 20, 0.9), (100, 0, 140, 20, 0.7), (200, 0, 210, 8, 0.5)),
+        truth((0, 0, 40, 20), (200, 0, 210, 8)),
+    )
+    assert (false_rate(judged, 0.6).hits, false_rate(judged, 0.6).total) == (1, 2)
+    assert (recall(judged, 0.6, 16).hits, recall(judged, 0.6, 16).total) == (1, 1)
+    assert (recall(judged, 0.6).hits, recall(judged, 0.6).total) == (1, 2)
+
+
+@given(total=st.integers(1, 5000), data=st.data())
+def test_wilson_bound_lies_below_the_rate_and_above_nothing(total, data):
+    rate = Rate(hits=data.draw(st.integers(0, total)), total=total)
+    assert -1e-12 <= rate.lower() <= rate.value() + 1e-12
+
+
+def test_wilson_bound_is_the_published_one():
+    assert Rate(hits=90, total=100).lower() == pytest.approx(0.8256, abs=1e-4)
+    assert Rate(hits=200, total=200).lower() == pytest.approx(0.9812, abs=1e-4)
+
+
+def test_rate_of_nothing_is_not_a_number():
+    assert math.isnan(Rate(hits=0, total=0).value())
+    assert Rate(hits=0, total=0).facts()["rate"] is None
+
+
+def test_average_precision_is_one_when_all_is_found_first_and_falls_with_a_false_box_in_front():
+    item = truth((0, 0, 10, 10), (20, 0, 30, 10))
+    perfect = judge("face", found((0, 0, 10, 10, 0.9), (20, 0, 30, 10, 0.8), (50, 50, 60, 60, 0.1)), item)
+    late = judge("face", found((50, 50, 60, 60, 0.95), (0, 0, 10, 10, 0.9), (20, 0, 30, 10, 0.8)), item)
+    assert average_precision(perfect) == pytest.approx(1)
+    assert average_precision(late) == pytest.approx(2 / 3)
+
+
+def test_threshold_is_the_lowest_at_which_a_tenth_of_the_boxes_is_false():
+    right = [(20 * index, 0, 20 * index + 10, 10, 0.9 - index / 1000) for index in range(40)]
+    wrong = [(20 * index, 500, 20 * index + 10, 510, 0.5 - index / 1000) for index in range(40)]
+    judged = judge("face", found(*right, *wrong), truth(*(item[:4] for item in right)))
+    threshold = threshold_for(judged)
+    assert false_rate(judged, threshold).value() <= 0.1
+    assert false_rate(judged, threshold).total == 44
+    assert false_rate(judged, 0.495).value() > 0.1
+
+
+def test_masked_area_outside_counts_pixels_once_and_not_those_on_objects():
+    share = masked_outside(rows([(0, 0, 10, 10), (5, 0, 15, 10)]), rows([(0, 0, 5, 10)]), 100, 10)
+    assert share == pytest.approx(0.1)
+
+
+def test_annex_b_is_met_only_at_ninety_per_cent_found_and_says_when_counts_are_too_small():
+    items = [(20 * index, 0, 20 * index + 16, 16, 0.9) for index in range(10)]
+    nine = judge("plate", found(*items[:9]), truth(*(item[:4] for item in items)))
+    eight = judge("plate", found(*items[:8]), truth(*(item[:4] for item in items)))
+    thresholds = {"plate": 0.5, "face": 0.5}
+    assert annex_b({"plate": nine}, thresholds, 600)["plate"]["shall"] is True
+    assert annex_b({"plate": eight}, thresholds, 600)["plate"]["shall"] is False
+    assert annex_b({"plate": nine}, thresholds, 600)["plate"]["enough"] is False
+    many = joined([nine] * 20)
+    assert annex_b({"plate": many}, thresholds, 600)["plate"]["enough"] is True
+    assert annex_b({"plate": many}, thresholds, 499)["plate"]["enough"] is False
+
+
+def entry(source, boxes=(), taught=()):
+    return Entry(file="a.jpg", source=source, width=100, height=100, boxes=tuple(boxes), taught=tuple(taught))
+
+
+def test_class_that_a_source_does_not_label_is_not_measured(tmp_path):
+    item = from_entry(entry("openimages_lp", [("plate", (1, 1, 9, 9))], [("person", (0, 0, 50, 50), 0.9)]), tmp_path)
+    assert set(item.truths) == {"plate"}
+
+
+def test_teacher_s_boxes_are_ignored_places_and_never_truth(tmp_path):
+    taught = [("person", (60, 0, 90, 50), 0.9), ("person", (0, 60, 20, 90), 0.1)]
+    item = from_entry(entry("tud_street", [("person", (1, 1, 40, 90))], taught), tmp_path)
+    assert item.truths["person"].objects.tolist() == [[1, 1, 40, 90]]
+    assert item.truths["person"].ignored.tolist() == [[60, 0, 90, 50]]
+
+
+def save_picture(path, size=(100, 80)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path)
+
+
+def test_coco_labels_are_read_with_crowds_ignored_and_unknown_classes_left_out(tmp_path):
+    save_picture(tmp_path / "images" / "one.png")
+    content = {
+        "images": [{"id": 7, "file_name": "one.png", "width": 100, "height": 80}],
+        "categories": [{"id": 1, "name": "Pedestrian"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 1, "bbox": [10, 20, 30, 40]},
+            {"image_id": 7, "category_id": 1, "bbox": [50, 20, 30, 40], "iscrowd": 1},
+            {"image_id": 7, "category_id": 2, "bbox": [0, 0, 5, 5]},
+        ],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    (item,) = read_folder(tmp_path)
+    assert set(item.truths) == {"person"}
+    assert item.truths["person"].objects.tolist() == [[10, 20, 40, 60]]
+    assert item.truths["person"].ignored.tolist() == [[50, 20, 80, 60]]
+    assert item.pixels().shape == (80, 100, 3)
+
+
+def test_voc_labels_are_read_with_difficult_ones_ignored(tmp_path):
+    save_picture(tmp_path / "JPEGImages" / "one.jpg")
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox>"
+    objects = (
+        f"<object><name>licence</name>{box}</object><object><name>plate</name><difficult>1</difficult>{box}</object>"
+    )
+    size = "<size><width>100</width><height>80</height></size>"
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "Annotations" / "one.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    (item,) = read_folder(tmp_path)
+    assert item.truths["plate"].objects.tolist() == [[1, 2, 30, 40]]
+    assert item.truths["plate"].ignored.tolist() == [[1, 2, 30, 40]]
+
+
+def test_yolo_labels_are_read_and_a_picture_without_objects_counts_as_empty(tmp_path):
+    save_picture(tmp_path / "images" / "one.jpg")
+    save_picture(tmp_path / "images" / "two.jpg")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "one.txt").write_text("1 0.5 0.5 0.2 0.25\n")
+    (tmp_path / "labels" / "two.txt").write_text("")
+    one, two = read_folder(tmp_path, ["car", "face"])
+    assert np.allclose(one.truths["face"].objects, [[40, 30, 60, 50]])
+    assert two.truths["face"].objects.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("one.txt", "0 0.5 0.5"), ("one.txt", "4 0.5 0.5 0.1 0.1"), ("one.xml", "<annotation>"), ("one.json", "{")],
+)
+def test_labels_that_cannot_be_read_are_named(tmp_path, name, text):
+    save_picture(tmp_path / "one.jpg")
+    (tmp_path / name).write_text(text)
+    (tmp_path / "classes.txt").write_text("face\n")
+    with pytest.raises(LabelsError, match=tmp_path.name):
+        read_folder(tmp_path)
+
+
+def test_folder_without_labels_is_a_mistake_that_says_so(tmp_path):
+    save_picture(tmp_path / "one.jpg")
+    with pytest.raises(LabelsError, match="no COCO"):
+        read_folder(tmp_path, ["face"])
+
+
+def test_coco_name_that_leaves_the_folder_is_not_followed(tmp_path):
+    save_picture(tmp_path / "secret.png")
+    save_picture(tmp_path / "set" / "one.png")
+    image = {"id": 1, "file_name": "../secret.png", "width": 1, "height": 1}
+    content = {"images": [image], "categories": [], "annotations": []}
+    (tmp_path / "set" / "coco.json").write_text(json.dumps(content))
+    with pytest.raises(LabelsError, match="secret"):
+        read_folder(tmp_path / "set")
+
+
+def test_limit_takes_so_many_pictures_of_each_source(tmp_path):
+    for name in ("one", "two", "three"):
+        save_picture(tmp_path / f"{name}.jpg")
+        (tmp_path / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.2")
+    assert len(chosen(tmp_path, held_out=False, names=["face"], limit=2)) == 2
+
+
+def scene(tmp_path):
+    path = tmp_path / "scene.png"
+    save_picture(path, (200, 100))
+    objects = truth((10, 10, 60, 60), (100, 10, 150, 60))
+    return Labelled(path=path, source="street", width=200, height=100, truths={"face": objects})
+
+
+def face(x, score, *, y=10):
+    return Box(label="face", score=score, x1=x, y1=y, x2=x + 50, y2=y + 50)
+
+
+def test_facts_hold_detection_false_boxes_and_area_per_class_and_source(tmp_path):
+    contestant = Contestant(
+        name="half",
+        labels=("face",),
+        detect=lambda _: [face(10, 0.9), face(10, 0.6, y=62)],
+        thresholds={"face": 0.5},
+    )
+    facts = facts_of(contestant, [outcome(contestant, scene(tmp_path))])
+    own = facts["classes"]["face"]
+    assert own["detection"]["rate"] == 0.5
+    assert own["false"]["rate"] == 0.5
+    assert own["over_redacted"]["median"] == pytest.approx(50 * 38 / 20000, abs=1e-3)
+    assert own["sources"]["street"]["recall"] == own["recall"]
+    assert own["sizes"]["32-63"]["recall"]["total"] == 2
+
+
+def test_tables_print_every_class_source_and_detector(tmp_path):
+    contestant = Contestant(name="ours", labels=("face",), detect=lambda _: [face(10, 0.9)], thresholds={"face": 0.5})
+    item = outcome(contestant, scene(tmp_path))
+    facts = facts_of(contestant, [item])
+    rows_ = [{"class": "face", "detector": "ours", **class_facts(item.judgements["face"], "face", 0.5)}]
+    text = printed([class_table(facts), size_table(facts), contest_table(rows_)])
+    for word in ("face", "street", "ours", "32-63", "50.0"):
+        assert word in text
+
+
+def test_dash_stands_where_nothing_was_counted():
+    assert percent(Rate(hits=0, total=0).facts()) == "-"
+
+
+def test_contact_sheet_shows_only_pictures_with_a_miss(tmp_path):
+    blind = Contestant(name="blind", labels=("face",), detect=lambda _: [])
+    seeing = Contestant(name="seeing", labels=("face",), detect=lambda _: [face(10, 0.9), face(100, 0.9)])
+    picture = scene(tmp_path)
+    assert np.asarray(misses([outcome(blind, picture)], {"face": 0.5})).max() > 0
+    assert np.asarray(misses([outcome(seeing, picture)], {"face": 0.5})).max() == 0
