@@ -117,9 +117,13 @@ def checkpoint(n: int, time_ns: int, base: Head) -> dict[str, object]:
 
 
 def unpack(blocks: Iterable[Block], base: Head) -> Iterator[dict[str, object]]:
-    """Rows after `base` for export, each with its hash as `chain`. ValueError where a block is damaged."""
-    digest = base.digest
+    """Rows after `base` for export, each with its hash as `chain`. ValueError where a block is damaged or missing."""
+    digest, last = base.digest, base.n
     for block in blocks:
+        if block.first != last + 1:
+            msg = f"rows {last + 1} to {block.first - 1} are missing"
+            raise ValueError(msg)
+        last = block.first + block.count - 1
         for row in block.rows():
             digest = link(digest, row)
             yield {**msgspec.json.decode(row, type=dict[str, object]), "chain": digest.hex()}

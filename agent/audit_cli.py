@@ -24,6 +24,8 @@ from agent.signing import public_keys
 from agent.storage import read_only, translated
 from agent.upkeep import read_seal
 
+_SOME = "SELECT first, count, digest, data FROM audit WHERE first > ? ORDER BY first LIMIT 256"
+
 Signed = Callable[[bytes, bytes], bool]
 
 
@@ -54,8 +56,12 @@ def verify(path: Path, signed: Signed | None = None) -> audit.AuditReport:
 
 
 def _blocks(connection: sqlite3.Connection) -> Iterator[audit.Block]:
-    for first, count, digest, data in connection.execute("SELECT first, count, digest, data FROM audit ORDER BY first"):
-        yield audit.Block(first=first, count=count, digest=digest, data=data)
+    """All blocks, some at a time: a slow reader must not keep the agent from writing its journal back."""
+    after = 0
+    while rows := connection.execute(_SOME, (after,)).fetchall():
+        for first, count, digest, data in rows:
+            yield audit.Block(first=first, count=count, digest=digest, data=data)
+        after = rows[-1][0]
 
 
 def signed_by(pem: bytes) -> Signed:

@@ -17,6 +17,7 @@ from agent.entries import IntakeKey
 from agent.lanes import Lane
 
 MAX_SESSIONS = 16  # sessions whose packet identifiers are kept; the agent itself uses two
+MAX_EMPTY_LANES = 256  # beyond it, lanes without records are forgotten at the start
 
 BASE = "audit.base"  # meta: number and hash of the last dropped audit row
 AUDIT_CELL = (tally.AUDIT, tally.TOTAL, "")
@@ -64,6 +65,12 @@ class Books:
     head: Head = field(default_factory=Head)
     base: Head = field(default_factory=Head)
 
+    def surplus_session(self, session: str) -> str | None:
+        """The session to forget when this one is new and there are too many: the one that was heard of first."""
+        if session in self.rings or len(self.rings) < MAX_SESSIONS:
+            return None
+        return next(iter(self.rings))
+
     def recorded(self, key: IntakeKey) -> bool:
         """Whether this very PUBLISH is durable already."""
         ring = self.rings.get(key.session)
@@ -95,6 +102,13 @@ def read_cells(connection: sqlite3.Connection) -> tally.Cells:
     """All counters."""
     rows = connection.execute("SELECT state, dimension, name, number, bytes FROM counter")
     return {(state, dimension, name): (number, size) for state, dimension, name, number, size in rows}
+
+
+def forget_empty_lanes(connection: sqlite3.Connection) -> None:
+    """Drop lanes without records where many have gathered: a car that crosses borders for years meets many."""
+    (lanes,) = connection.execute("SELECT count(*) FROM lane").fetchone()
+    if lanes > MAX_EMPTY_LANES:
+        connection.execute("DELETE FROM lane WHERE NOT EXISTS (SELECT 1 FROM record WHERE record.lane = lane.id)")
 
 
 def read_base(meta: Mapping[str, str]) -> Head:

@@ -185,10 +185,10 @@ class Committer:
             await self._close(exc)
             raise
 
-    async def sweep(self, now_ns: int | None) -> SweepResult:
+    async def sweep(self, now_ns: int | None, *, monotonic_ns: int = 0, boot_id: str = "") -> SweepResult:
         """`Ledger.sweep`; what a full or failing disk does not let it do shows in `stalled` and is done next time."""
         try:
-            result = await self.call(lambda ledger: ledger.sweep(now_ns))
+            result = await self.call(lambda ledger: ledger.sweep(now_ns, monotonic_ns=monotonic_ns, boot_id=boot_id))
         except LedgerStalledError as exc:
             self._sweep_stalled = str(exc)
             return SweepResult()

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from agent import retention, tally, upkeep
 from agent.blobs import Blobs
-from agent.books import load, read_cells
+from agent.books import Books, forget_empty_lanes, load, read_cells
 from agent.entries import (
     MIB,
     Counts,
@@ -64,13 +64,17 @@ class Ledger:
         self._lock = lock(path)
         self._sealed = 0
         try:
-            opened = connect(path, limits.journal_bytes, lambda connection: load(connection, limits.intake_window))
+            opened = connect(path, limits.journal_bytes, self._load)
         except BaseException:
             os.close(self._lock)
             raise
         self._connection, self._books, self._aside = opened.connection, opened.loaded, opened.aside
         self._spool = Spool(self._connection, self._books, self._blobs)
         self.incidents = opened.incidents
+
+    def _load(self, connection: sqlite3.Connection) -> Books:
+        forget_empty_lanes(connection)
+        return load(connection, self._limits.intake_window)
 
     @staticmethod
     def open(
@@ -230,18 +234,23 @@ class Ledger:
         ring = self._books.rings.get(session)
         return dict(ring.mids) if ring else {}
 
-    def sweep(self, now_ns: int | None) -> SweepResult:
-        """Expire, seal and bound the audit chain, give space back; call it every few seconds.
+    def sweep(self, now_ns: int | None, *, monotonic_ns: int = 0, boot_id: str = "") -> SweepResult:
+        """Expire, seal and bound the audit chain, give space back; call it every few seconds. Works on a full disk.
 
-        `now_ns` None: the clock is not to be trusted, nothing expires. Works on a full disk.
+        `now_ns` None: the clock is not to be trusted, nothing expires. With `boot_id` and `monotonic_ns`
+        (CLOCK_BOOTTIME), a record of this boot expires only when it is as old as its TTL on that clock too, so that a
+        wall clock that jumps ahead ends nothing.
         """
+        now = None
+        if now_ns is not None:
+            now = retention.Moment(time_ns=now_ns, monotonic_ns=monotonic_ns, boot_id=boot_id)
         before = self.counts()
         try:
-            self._end_old(now_ns)
+            self._end_old(now)
         except LedgerStalledError:
             if not self._use_reserve():
                 raise
-            self._end_old(now_ns)
+            self._end_old(now)
         with translated(self._path):
             upkeep.remove_strays(self._connection, self._blobs)
             freed = upkeep.give_space_back(self._connection, self._path)
@@ -251,11 +260,11 @@ class Ledger:
         expired, evicted = after.expired - before.expired, after.evicted - before.evicted
         return SweepResult(expired=expired, evicted=evicted, freed_bytes=freed, more=expired >= SWEEP_RECORDS)
 
-    def _end_old(self, now_ns: int | None) -> None:
-        time_ns = time.time_ns() if now_ns is None else now_ns
+    def _end_old(self, now: retention.Moment | None) -> None:
+        time_ns = time.time_ns() if now is None else now.time_ns
         with self._transaction() as transaction:
-            if now_ns is not None:
-                retention.expire(self._connection, transaction, now_ns, SWEEP_RECORDS)
+            if now is not None:
+                retention.expire(self._connection, transaction, now, SWEEP_RECORDS)
             retention.make_room(self._connection, transaction, self._limits, time_ns)
             upkeep.prune_audit(self._connection, transaction, self._books, self._limits.audit_bytes, time_ns)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 from agent import tally
 from agent.entries import LedgerLimits
@@ -22,17 +23,30 @@ DAMAGED = "ledger.damaged"
 
 # `record_order` alone answers which keys: 100,000 records are looked through in some 10 ms, so no index is kept for it.
 _EXPIRED = """SELECT key, id, lane, priority, class, size, file FROM record
-    WHERE key IN (SELECT key FROM record INDEXED BY record_order WHERE expires_ns <= ? LIMIT ?)"""
+    WHERE key IN (SELECT key FROM record INDEXED BY record_order WHERE expires_ns <= ?)
+    AND NOT (boot = ? AND monotonic_ns + expires_ns - recorded_ns > ?) LIMIT ?"""
 _NAMED = "SELECT key, id, lane, priority, class, size, file FROM record WHERE key = ?"
 _OLDEST = """SELECT key, id, lane, priority, class, size, file FROM record
     WHERE lane = ? AND priority = ? AND key > ? ORDER BY key LIMIT ?"""
 
 
-def expire(connection: sqlite3.Connection, transaction: Transaction, now_ns: int, limit: int) -> int:
-    """End up to `limit` records whose time has come; how many."""
-    rows = connection.execute(_EXPIRED, (now_ns, limit)).fetchall()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Now on both clocks; without a `boot_id` only the wall clock counts."""
+
+    time_ns: int
+    monotonic_ns: int = 0
+    boot_id: str = ""
+
+
+def expire(connection: sqlite3.Connection, transaction: Transaction, now: Moment, limit: int) -> int:
+    """End up to `limit` records whose time has come; how many.
+
+    A record of this boot must also have reached its age on the clock that does not jump.
+    """
+    rows = connection.execute(_EXPIRED, (now.time_ns, now.boot_id, now.monotonic_ns, limit)).fetchall()
     for row in rows:
-        transaction.remove(row, State.EXPIRED, TTL, now_ns)
+        transaction.remove(row, State.EXPIRED, TTL, now.time_ns)
     return len(rows)
 
 

@@ -186,7 +186,7 @@ def read_only(path: Path) -> sqlite3.Connection:
 def _open_checked(
     path: Path, journal_bytes: int, load: Callable[[sqlite3.Connection], Loaded]
 ) -> tuple[sqlite3.Connection, Loaded]:
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
+    connection = sqlite3.connect(path, timeout=1, isolation_level=None, check_same_thread=False, cached_statements=64)
     try:
         version = _schema_version(connection, path)
         connection.executescript(PRAGMAS if version else SHAPE + PRAGMAS)

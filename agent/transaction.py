@@ -108,6 +108,9 @@ class Transaction:
         tally.add(self.delta.cells, (tally.RECEIVED, tally.TOTAL, ""), 1)
         if intake is not None:
             self.delta.intakes.append(intake)
+            surplus = self._books.surplus_session(intake.session)
+            if surplus is not None and surplus not in self.delta.resets:
+                self.delta.resets.append(surplus)
 
     def _store(self, entry: Store) -> None:
         if self._known(entry.intake):

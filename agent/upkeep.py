@@ -69,7 +69,7 @@ def give_space_back(connection: sqlite3.Connection, path: Path) -> int:
     before = path.stat().st_size
     # A script, because `execute` steps the pragma once, which frees a single page.
     connection.executescript(f"PRAGMA incremental_vacuum({min(VACUUM_PAGES, free - SPARE_PAGES // 2)})")
-    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
     return max(0, before - path.stat().st_size)
 
 

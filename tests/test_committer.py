@@ -130,7 +130,7 @@ async def test_damage_seen_while_reading_ends_the_committer(ledger):
 
 
 async def test_sweep_on_a_full_disk_is_no_error_and_shows_as_stalled(ledger):
-    def sweep(_):
+    def sweep(*_, **__):
         raise LedgerStalledError("disk full")
 
     swept = ledger.sweep

@@ -315,6 +315,40 @@ def test_records_expire_at_their_time_and_not_while_the_clock_is_not_trusted(led
     assert ledger.counts().conserved
 
 
+def test_wall_clock_that_jumps_ahead_by_years_ends_nothing_of_this_boot(ledger):
+    ledger.commit([store(1, ttl=10), store(2, ttl=1000)])
+    later = NOW + 9 * 365 * 86_400 * SECOND
+    assert ledger.sweep(later, monotonic_ns=9 * SECOND, boot_id="boot").expired == 0
+    assert ledger.sweep(later, monotonic_ns=11 * SECOND, boot_id="boot").expired == 1
+    assert ledger.sweep(later, monotonic_ns=11 * SECOND, boot_id="another boot").expired == 1
+    assert ledger.counts().conserved
+
+
+def test_lanes_without_records_are_forgotten_when_many_have_gathered(path):
+    ledger = opened(path)
+    ledger.commit([store(n, regions=(f"r{n}",)) for n in range(300)])
+    ledger.commit([delivered(n) for n in range(1, 300)])
+    ledger.close()
+    ledger = opened(path)
+    assert len(ledger._books.lanes) == 1
+    ledger.commit([store(1000, regions=("r5",))])
+    assert numbers(ledger.pending("cn", limit=10)) == [0, 1000]
+    ledger.close()
+
+
+def test_sessions_are_bounded_and_the_first_heard_of_is_forgotten(path):
+    ledger = opened(path)
+    for n in range(20):
+        key = IntakeKey(session=f"session-{n}", mid=1, digest=b"digest")
+        ledger.commit([Store(record=record(n), intake=key)])
+    kept = [n for n in range(20) if ledger.recent_intake(f"session-{n}")]
+    assert kept == list(range(4, 20))
+    ledger.close()
+    ledger = opened(path)
+    assert [n for n in range(20) if ledger.recent_intake(f"session-{n}")] == kept
+    ledger.close()
+
+
 def test_sweep_gives_disk_space_back(path):
     ledger = opened(path)
     ledger.commit([store(n, size=20_000) for n in range(400)])
