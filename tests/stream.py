@@ -10,6 +10,8 @@ import paho.mqtt.client as mqtt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from agent import envelope
 from agent.addressing import DEFAULT_TEMPLATE, topic
@@ -86,6 +88,15 @@ def outgoing_packed(packed: bytes, *, wire: str = "msgpack", vehicle: str = "car
     )
 
 
+def _properties(message: Outgoing) -> Properties:
+    found = Properties(PacketTypes.PUBLISH)
+    if message.content_type is not None:
+        found.ContentType = message.content_type
+    if message.properties:
+        found.UserProperty = list(message.properties)
+    return found
+
+
 def publish(port: int, messages: Iterable[Outgoing], *, protocol: int = mqtt.MQTTv5, client_id: str = "") -> None:
     """Publish at QoS 1 and return once every PUBACK is there."""
     client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol)
@@ -99,7 +110,7 @@ def publish(port: int, messages: Iterable[Outgoing], *, protocol: int = mqtt.MQT
                 one.payload,
                 qos=1,
                 retain=one.retain,
-                properties=one.packed() if protocol == mqtt.MQTTv5 else None,
+                properties=_properties(one) if protocol == mqtt.MQTTv5 else None,
             )
             for one in messages
         ]
