@@ -68,7 +68,7 @@ def run_network(args: argparse.Namespace) -> int:
     """Train until the plan ends."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else threads that wait for one another burn a shared CPU
     from tools.training.loop import Plan, Trainer  # noqa: PLC0415 - torch is an optional, slow import
-    from tools.training.network import Shape  # noqa: PLC0415
+    from tools.training.plan import Shape  # noqa: PLC0415
     from tools.training.tiles import Album, Stream  # noqa: PLC0415
 
     training, _ = divided(args.data, args.labels or args.data / "labels.json")

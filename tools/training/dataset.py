@@ -126,9 +126,14 @@ def _entry(item: Mapping[str, object]) -> Entry:
         source=str(item["source"]),
         width=int(str(item["w"])),
         height=int(str(item["h"])),
-        boxes=tuple((str(row[0]), tuple(float(value) for value in row[1:5])) for row in boxes),
-        taught=tuple((str(row[0]), tuple(float(value) for value in row[1:5]), float(row[5])) for row in taught),
+        boxes=tuple((str(row[0]), _box(row)) for row in boxes),
+        taught=tuple((str(row[0]), _box(row), float(row[5])) for row in taught),
     )
+
+
+def _box(row: Sequence[str | float]) -> tuple[float, ...]:
+    x1, y1, x2, y2 = (float(value) for value in row[1:5])
+    return x1, y1, x2, y2
 
 
 def overlap(box: Sequence[float], others: Sequence[Sequence[float]]) -> float:

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from tools.training.network import INPUT, Concat, Conv, Layer, Merge, Pool, head_names
+from tools.training.plan import INPUT, Concat, Conv, Layer, Merge, Pool, head_names
 
 OPSET = 13  # first opset with per-channel QuantizeLinear
 IR_VERSION = 8

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from tools.training.dataset import Targets
 from tools.training.losses import Cells, Loss, Objects, loss_of
-from tools.training.network import Network, Shape
+from tools.training.network import Network
+from tools.training.plan import Shape
 from tools.training.tiles import Album, Stream, batch_of
 
 WARM_UP = 300  # steps of rising rate

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tools.training.dataset import CLASSES, Targets
-from tools.training.network import STRIDES
+from tools.training.plan import STRIDES
 
 BEST = 10  # cells per object
 SCORE_POWER, OVERLAP_POWER = 0.5, 6.0

@@ -20,7 +20,8 @@ from agent.detector import frame_of, prepared
 from agent.manifest import FORMAT, Input, Layout
 from tools.training.dataset import CLASSES
 from tools.training.export import Range, float_model, int8_model
-from tools.training.network import INPUT, STRIDES, VALUES_PER_CLASS, Conv, Merge, Network, folded
+from tools.training.network import Network, folded
+from tools.training.plan import INPUT, STRIDES, VALUES_PER_CLASS, Conv, Merge
 
 TAIL = 1e-4  # share of a tensor's values beyond its calibrated range on each side
 SAMPLE = 20_000  # values kept of a tensor and picture for the percentiles

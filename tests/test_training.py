@@ -1,0 +1,445 @@
+import importlib.util
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from agent.detector import Detector
+from agent.messages import Box
+from tools.training import plates
+from tools.training.augment import Tile, choose_window, flipped, mosaic, paste_from, pasted, show, weathered
+from tools.training.completion import completed, open_classes
+from tools.training.dataset import (
+    BLOCK,
+    CLASSES,
+    DatasetError,
+    Entry,
+    Targets,
+    difference_hash,
+    groups,
+    is_held_out,
+    overlap,
+    read_entries,
+    split,
+    targets_of,
+)
+from tools.training.export import Range, float_model, int8_model, weight_scales
+from tools.training.plan import Conv, Merge, Shape, head_names, plan
+from tools.training.tiles import Album, Stream, batch_of
+
+PERSON, FACE, PLATE = range(3)
+SMALL = Shape(widths=(4, 8, 8, 8, 8), blocks=(0, 1, 0, 0), neck=8)
+torch_needed = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="torch, the train extra, is missing"
+)
+
+
+def entry(source, boxes=(), taught=(), file="x/0.jpg"):
+    return Entry(file=file, source=source, width=100, height=100, boxes=tuple(boxes), taught=tuple(taught))
+
+
+def of_class(targets, number, *, ignored):
+    chosen = (targets.classes == number) & (targets.ignored == ignored)
+    return targets.boxes[chosen].tolist()
+
+
+def test_class_that_a_source_does_not_label_is_unknown_everywhere_and_not_absent():
+    targets = targets_of(entry("tud_street", [("person", (1, 1, 20, 80))]))
+    assert of_class(targets, PLATE, ignored=True) == [[0, 0, 100, 100]]
+    assert of_class(targets, PLATE, ignored=False) == []
+
+
+def test_class_that_a_source_labels_fully_is_absent_where_it_is_not_labelled():
+    targets = targets_of(entry("openimages_lp", [("plate", (1, 1, 20, 10))]))
+    assert of_class(targets, PLATE, ignored=True) == []
+    assert of_class(targets, PLATE, ignored=False) == [[1, 1, 20, 10]]
+
+
+def test_sure_teacher_s_box_is_true_a_doubtful_one_ignored_and_a_wild_one_background():
+    taught = [("person", (0, 0, 10, 40), 0.8), ("person", (20, 0, 30, 40), 0.3), ("person", (40, 0, 50, 40), 0.15)]
+    targets = targets_of(entry("openimages_lp", (), taught))
+    assert of_class(targets, PERSON, ignored=False) == [[0, 0, 10, 40]]
+    assert of_class(targets, PERSON, ignored=True) == [[20, 0, 30, 40]]
+
+
+def test_teacher_never_adds_an_object_to_a_full_label_but_its_place_is_ignored():
+    taught = [("face", (0, 0, 10, 10), 0.9), ("face", (50, 50, 60, 60), 0.9)]
+    targets = targets_of(entry("facemask853_train", [("face", (0, 0, 10, 11))], taught))
+    assert of_class(targets, FACE, ignored=False) == [[0, 0, 10, 11]]
+    assert of_class(targets, FACE, ignored=True) == [[50, 50, 60, 60]]
+
+
+def test_head_without_a_face_is_ignored_for_faces_and_one_with_a_face_is_not():
+    heads = [("head", (0, 0, 20, 20)), ("head", (50, 0, 70, 20))]
+    targets = targets_of(entry("bikeshelmets", heads, [("face", (5, 8, 15, 18), 0.9)]))
+    assert of_class(targets, FACE, ignored=False) == [[5, 8, 15, 18]]
+    assert of_class(targets, FACE, ignored=True) == [[50, 0, 70, 20]]
+
+
+def test_box_outside_its_picture_is_no_object():
+    assert of_class(targets_of(entry("openimages_lp", [("plate", (10, 10, 15000, 20))])), PLATE, ignored=False) == []
+
+
+def test_completed_labels_speak_of_what_was_unknown():
+    taught = [("plate", (0, 0, 20, 10), 0.9)]
+    targets = targets_of(entry("tud_street", (), taught), completed=True)
+    assert of_class(targets, PLATE, ignored=False) == [[0, 0, 20, 10]]
+    assert of_class(targets, PLATE, ignored=True) == []
+
+
+def test_unlisted_source_is_known_for_what_it_labels_and_unknown_for_the_rest():
+    targets = targets_of(entry("my_own", [("face", (0, 0, 10, 10))]))
+    assert of_class(targets, FACE, ignored=True) == []
+    assert of_class(targets, PLATE, ignored=True) == [[0, 0, 100, 100]]
+
+
+def test_overlap_of_equal_boxes_is_one_and_of_none_nothing():
+    assert overlap((0, 0, 4, 4), [(0, 0, 4, 4), (9, 9, 10, 10)]) == 1
+    assert overlap((0, 0, 4, 4), []) == 0
+
+
+BOXLESS = '[{"file":"a","source":"b","w":1,"h":1,"boxes":[["x"]]}]'
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"file": "a"}]', BOXLESS])
+def test_malformed_label_file_is_named(tmp_path, text):
+    (tmp_path / "labels.json").write_text(text)
+    with pytest.raises(DatasetError, match=r"labels\.json"):
+        read_entries(tmp_path / "labels.json")
+
+
+def test_neighbours_of_a_drive_stay_on_one_side_of_the_split():
+    entries = [entry("ro_dashcam_day", file=f"ro/{index:05}.jpg") for index in range(400)]
+    training, validation = split(entries, {})
+    sides = {item.file: side for side, items in (("t", training), ("v", validation)) for item in items}
+    ordered = [sides[item.file] for item in entries]
+    changes = [index for index in range(1, 400) if ordered[index] != ordered[index - 1]]
+    assert len(training) + len(validation) == 400
+    assert all(index % BLOCK == 0 for index in changes)
+
+
+def test_near_duplicates_are_one_group_and_different_pictures_are_not():
+    entries = [entry("openimages_lp", file=name) for name in ("a", "b", "c")]
+    found = groups(entries, {"a": 0b1111, "b": 0b1110, "c": 0xFFFF_0000_FFFF})
+    assert found["a"] == found["b"] != found["c"]
+
+
+def test_split_depends_on_the_name_alone():
+    assert [is_held_out(f"g{index}") for index in range(500)] == [is_held_out(f"g{index}") for index in range(500)]
+    assert 30 < sum(is_held_out(f"g{index}") for index in range(500)) < 100
+
+
+def test_difference_hash_is_nearly_the_same_in_another_light_and_size():
+    scene = np.random.default_rng(0).integers(0, 200, (8, 9, 3)).astype(np.uint8)
+    one = Image.fromarray(scene).resize((200, 200), Image.Resampling.NEAREST)
+    two = Image.fromarray((scene * 0.9 + 20).astype(np.uint8)).resize((300, 260), Image.Resampling.NEAREST)
+    assert (difference_hash(one) ^ difference_hash(two)).bit_count() < 6
+
+
+def tile(size=200, *items, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+    return Tile(pixels=pixels, targets=Targets.of(items or [(PLATE, (50, 60, 90, 80), False)]))
+
+
+@given(seed=st.integers(0, 10_000))
+def test_window_moves_pixels_and_boxes_alike(seed):
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((200, 200, 3), np.uint8)
+    pixels[60:80, 50:90] = 255
+    scene = Tile(pixels=pixels, targets=Targets.of([(PLATE, (50, 60, 90, 80), False)]))
+    shown = show(scene, choose_window(scene, 128, 96, rng), np.zeros(3, np.uint8))
+    assert shown.pixels.shape == (96, 128, 3)
+    bright = shown.pixels[..., 0] > 127
+    rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+    if len(rows) and len(columns) and len(shown.targets.boxes):
+        box = shown.targets.boxes[0]
+        seen = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        assert np.abs(box - seen).max() <= 2.5
+
+
+def test_flip_mirrors_pixels_and_boxes():
+    scene = tile()
+    back = flipped(flipped(scene))
+    assert (back.pixels == scene.pixels).all()
+    assert np.allclose(back.targets.boxes, scene.targets.boxes)
+    assert flipped(scene).targets.boxes[0].tolist() == [110, 60, 150, 80]
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+@pytest.mark.parametrize("seed", range(4))
+def test_mosaic_fills_its_size_and_keeps_every_box_inside(count, seed):
+    made = mosaic([tile(seed=index) for index in range(count)], 192, np.random.default_rng(seed))
+    assert made.pixels.shape == (192, 192, 3)
+    assert made.targets.boxes.min(initial=0) >= 0
+    assert made.targets.boxes.max(initial=0) <= 192
+    assert len(made.targets.boxes) >= 1
+
+
+def test_object_of_which_little_is_left_teaches_nothing():
+    scene = tile(200, (FACE, (0, 0, 100, 100), False))
+    rng = np.random.default_rng(0)
+    window = choose_window(scene, 64, 64, rng)
+    sliver = type(window)(x=95, y=0, scale_x=1, scale_y=1, width=64, height=64)
+    assert show(scene, sliver, np.zeros(3, np.uint8)).targets.ignored.tolist() == [True]
+
+
+def test_pasted_patch_becomes_a_target_and_what_it_hides_is_ignored():
+    scene = tile(100, (PLATE, (10, 10, 30, 20), False), (PERSON, (0, 0, 100, 100), True))
+    patch, mask = np.full((30, 40, 3), 9, np.uint8), np.full((30, 40), 255, np.uint8)
+    made = pasted(scene, patch, mask, "plate", (5, 5))
+    assert (made.pixels[5:35, 5:45] == 9).all()
+    assert made.targets.boxes[-1].tolist() == [5, 5, 45, 35]
+    assert made.targets.ignored.tolist() == [True, True, False]
+    assert scene.targets.ignored.tolist() == [False, True]
+
+
+def test_copied_object_keeps_its_class():
+    rng = np.random.default_rng(1)
+    made = paste_from(tile(200, (PERSON, (0, 0, 200, 200), True)), tile(200, (PLATE, (50, 60, 90, 80), False)), rng)
+    assert made.targets.classes[-1] == PLATE
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_weather_changes_pixels_but_neither_shape_nor_kind(seed):
+    scene = tile().pixels
+    result = weathered(scene, np.random.default_rng(seed))
+    assert (result.shape, result.dtype) == (scene.shape, np.uint8)
+    assert (result != scene).any()
+
+
+@pytest.mark.parametrize("style", plates.STYLES, ids=lambda style: style.name)
+def test_synthetic_plate_has_its_style_s_proportions_and_something_written(style):
+    flat = plates.flat_plate(style, np.random.default_rng(0))
+    assert flat.width / flat.height == pytest.approx(style.aspect, abs=0.02)
+    assert np.asarray(flat.convert("L")).std() > 15
+
+
+def test_six_regions_are_drawn():
+    assert {style.name[:2] for style in plates.STYLES} == {"cn", "eu", "uk", "us", "jp", "kr"}
+
+
+def test_homography_sends_corners_to_their_images():
+    points = np.array([(0, 0), (10, 1), (11, 8), (1, 7)], np.float64)
+    images = np.array([(0, 0), (20, 0), (20, 10), (0, 10)], np.float64)
+    a, b, c, d, e, f, g, h = plates.homography(points, images)
+    for (x, y), image in zip(points, images, strict=True):
+        whole = g * x + h * y + 1
+        assert ((a * x + b * y + c) / whole, (d * x + e * y + f) / whole) == pytest.approx(image, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_synthetic_plate_s_box_is_where_its_pixels_are(seed):
+    scene = Tile(pixels=np.zeros((300, 400, 3), np.uint8), targets=Targets.of(()))
+    made = plates.with_plate(scene, np.random.default_rng(seed))
+    x1, y1, x2, y2 = (int(value) for value in made.targets.boxes[0])
+    lit = made.pixels.max(axis=2) > 0
+    assert lit[y1:y2, x1:x2].any()
+    lit[max(y1 - 1, 0) : y2 + 1, max(x1 - 1, 0) : x2 + 1] = False
+    assert not lit.any()
+
+
+def album():
+    scenes = (tile(160, seed=1), tile(220, (FACE, (20, 20, 60, 70), False), seed=2))
+    return Album(tiles=scenes, chances=np.array([0.5, 0.5]))
+
+
+def test_batch_of_a_seed_and_number_is_always_the_same_and_another_number_is_another():
+    stream = Stream(tile=96, batch=2, seed=5)
+    first, again, other = (batch_of(album(), stream, number) for number in (3, 3, 4))
+    assert (first[0] == again[0]).all()
+    assert all((one.boxes == two.boxes).all() for one, two in zip(first[1], again[1], strict=True))
+    assert (first[0] != other[0]).any()
+
+
+def test_completion_speaks_only_of_classes_that_nobody_spoke_of(tmp_path):
+    Image.new("RGB", (50, 50)).save(tmp_path / "a.jpg")
+
+    class Teacher:
+        def detect(self, _picture, _thresholds=None):
+            return [
+                Box(label="plate", score=0.7, x1=1, y1=2, x2=30, y2=12),
+                Box(label="person", score=0.9, x1=0, y1=0, x2=9, y2=9),
+            ]
+
+    raw = [
+        {
+            "file": "a.jpg",
+            "source": "tud_street",
+            "w": 50,
+            "h": 50,
+            "boxes": [],
+            "pseudo": [["person", 0, 0, 5, 5, 0.6]],
+        }
+    ]
+    (item,) = completed(raw, tmp_path, Teacher())
+    assert item["pseudo"] == [["person", 0, 0, 5, 5, 0.6], ["plate", 1, 2, 30, 12, 0.7]]
+    assert open_classes("openimages_lp") == []
+
+
+def weights_of(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    convs = [layer for layer in plan(shape) if isinstance(layer, Conv)]
+    return {
+        layer.name: (
+            rng.normal(
+                0,
+                (2 / (layer.inputs * layer.kernel**2)) ** 0.5,
+                (layer.outputs, layer.inputs, layer.kernel, layer.kernel),
+            ).astype(np.float32),
+            rng.normal(0, 0.1, layer.outputs).astype(np.float32),
+        )
+        for layer in convs
+    }
+
+
+def outputs_of(model, picture, names=("cells",)):
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return session.run(list(names), {"picture": picture})[0]
+
+
+PICTURE = np.random.default_rng(4).integers(0, 256, (1, 64, 96, 3), np.uint8)
+
+
+def ranges_of(shape):
+    return {layer.name: Range(low=-6.0, high=6.0) for layer in plan(shape) if isinstance(layer, Conv | Merge)}
+
+
+def test_float_and_int8_have_the_same_cells_and_nearly_the_same_values():
+    weights, layers = weights_of(SMALL), plan(SMALL)
+    real = outputs_of(float_model(layers, weights, 15), PICTURE)
+    whole = outputs_of(int8_model(layers, weights, ranges_of(SMALL), 15), PICTURE)
+    assert real.shape == whole.shape == (1, 12 * 8 + 6 * 4 + 3 * 2, 15)
+    assert np.abs(real - whole).mean() < 0.1 * real.std()
+
+
+def test_int8_weights_keep_to_reduced_range_so_that_no_cpu_saturates():
+    weights = np.random.default_rng(0).normal(0, 1, (8, 4, 3, 3)).astype(np.float32)
+    steps = np.round(weights / weight_scales(weights)[:, None, None, None])
+    assert np.abs(steps).max() == 64
+
+
+def test_zero_is_exact_in_every_range():
+    for low, high in ((-3.3, 5.1), (0.2, 7.0), (-4.0, -1.0), (0.0, 0.0)):
+        scale, zero = Range(low=low, high=high).grid()
+        assert scale > 0
+        assert 0 <= zero <= 255
+
+
+def test_every_layer_of_a_plan_reads_what_an_earlier_one_wrote():
+    known = {"picture"}
+    for layer in plan(Shape()):
+        sources = {getattr(layer, name) for name in ("source", "lateral", "deeper") if hasattr(layer, name)}
+        assert sources | set(getattr(layer, "sources", ())) <= known
+        known.add(layer.name)
+    assert set(head_names()) <= known
+
+
+@torch_needed
+def test_exported_network_computes_what_was_trained():
+    import torch  # noqa: PLC0415
+
+    from tools.training.network import Network, folded  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    network = Network(SMALL).train()
+    for _ in range(3):
+        network(torch.rand(2, 3, 64, 96))
+    network.eval()
+    weights = {name: (weight.numpy(), bias.numpy()) for name, (weight, bias) in folded(network).items()}
+    with torch.no_grad():
+        wanted = network(torch.from_numpy(PICTURE).permute(0, 3, 1, 2).float() / 255).numpy()
+    assert np.allclose(outputs_of(float_model(network.layers, weights, 15), PICTURE), wanted, atol=1e-4)
+
+
+@torch_needed
+def test_shipped_files_are_taken_by_the_agent(tmp_path):
+    import torch  # noqa: PLC0415
+
+    from tools.training.network import Network  # noqa: PLC0415
+    from tools.training.shipping import calibrated, exported, write  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    network = Network(SMALL).eval()
+    shipped = exported(network, calibrated(network, [PICTURE[0]]))
+    path = write(tmp_path, "tiny", shipped.int8, dict.fromkeys(CLASSES, 0.5), {"licence": "Apache-2.0"})
+    assert Detector.open(path).detect(PICTURE[0]) == []
+    assert json.loads(path.read_text())["licence"] == "Apache-2.0"
+
+
+@torch_needed
+def test_cells_answer_for_the_object_they_lie_in_and_ignored_places_cost_nothing():
+    import torch  # noqa: PLC0415
+
+    from tools.training.losses import Cells, Objects, assign, loss_of, teaching  # noqa: PLC0415
+
+    cells = Cells.of(64, 64)
+    objects = Objects.of([Targets.of([(PLATE, (8, 8, 40, 24), False), (FACE, (0, 0, 64, 64), True)])])
+    boxes = torch.tensor([8.0, 8.0, 40.0, 24.0]).expand(1, len(cells.strides), 3, 4)
+    found = assign(torch.full((1, len(cells.strides), 3), 0.5), boxes, objects.where(~objects.ignored), cells)
+    assert set(found.classes.tolist()) == {PLATE}
+    centres = cells.centres[found.cells]
+    assert ((centres > torch.tensor([8.0, 8.0])) & (centres < torch.tensor([40.0, 24.0]))).all()
+    assert found.wanted.max() == pytest.approx(1.0)
+    weights = teaching(objects, cells, (1, len(cells.strides), 3))
+    assert weights[..., FACE].max() == 0
+    assert weights[..., PERSON].min() == 1
+    loud = torch.zeros(1, len(cells.strides), 15)
+    loud[..., FACE] = 9.0
+    quiet = torch.zeros(1, len(cells.strides), 15)
+    assert loss_of(loud, objects, cells).score == pytest.approx(float(loss_of(quiet, objects, cells).score))
+
+
+@torch_needed
+def test_disputed_cell_goes_to_the_larger_value():
+    import torch  # noqa: PLC0415
+
+    from tools.training.losses import undisputed  # noqa: PLC0415
+
+    kept = undisputed(torch.tensor([4, 4, 7]), torch.tensor([0.2, 0.9, 0.1]), 10)
+    assert sorted(kept.tolist()) == [1, 2]
+
+
+@torch_needed
+def test_rate_rises_falls_and_ends_low():
+    from tools.training.loop import LAST_RATE, WARM_UP, rate_factor  # noqa: PLC0415
+
+    assert rate_factor(0, 0.0) < 0.01
+    assert rate_factor(WARM_UP, 0.0) == pytest.approx(1.0)
+    assert rate_factor(WARM_UP, 0.5) < 0.6
+    assert rate_factor(WARM_UP, 1.0) == pytest.approx(LAST_RATE)
+
+
+@torch_needed
+def test_training_learns_logs_and_goes_on_from_its_checkpoint(tmp_path):
+    import torch  # noqa: PLC0415
+
+    from tools.training.loop import Plan, Trainer, load_average  # noqa: PLC0415
+
+    def trainer(steps):
+        stream = Stream(tile=64, batch=2)
+        return Trainer(SMALL, Plan(folder=tmp_path, minutes=5, steps=steps, stream=stream, workers=0, threads=1))
+
+    first = trainer(4)
+    path = first.run(album())
+    assert first.step == 4
+    second = trainer(6)
+    second.resume(path)
+    assert second.step == 4
+    second.run(album())
+    assert second.step == 6
+    assert load_average(path).shape == SMALL
+    assert torch.isfinite(torch.cat([value.flatten() for value in second.network.parameters()])).all()
+
+
+@torch_needed
+def test_training_that_is_told_to_stop_leaves_a_checkpoint(tmp_path):
+    from tools.training.loop import Plan, Trainer  # noqa: PLC0415
+
+    stopped = Trainer(SMALL, Plan(folder=tmp_path, minutes=5, stream=Stream(tile=64, batch=1), workers=0, threads=1))
+    stopped.stopping = True
+    assert stopped.run(album()).is_file()
+    assert stopped.step == 0
