@@ -93,11 +93,21 @@ def test_picture_that_arrives_as_it_was_sent_is_a_problem(street):
     assert any("unredacted" in problem for problem in verdict.problems)
 
 
-def test_unmasked_plates_are_a_problem_even_when_the_record_claims_them(street):
-    delivered = [
-        seen(masked(sent, leave={"plate"}), number=index, redaction="plate=1") for index, sent in enumerate(street)
-    ]
-    assert any("class plate" in problem for problem in judged(street, delivered).problems)
+def test_picture_in_which_nothing_labelled_is_covered_is_a_problem_whatever_it_claims(street):
+    untouched = jpeg(decode(street[0].payload))
+    problems = judged(street, [seen(untouched, redaction="person=4,plate=1")]).problems
+    assert any("none of" in problem for problem in problems)
+
+
+def test_run_in_which_few_labelled_objects_are_covered_is_a_problem_and_a_missed_plate_is_shown(street):
+    def delivered(leave):
+        return [seen(masked(sent, leave), number=index) for index, sent in enumerate(street)]
+
+    few = judged(street, delivered({"person"}))
+    assert any("labelled objects are covered" in problem for problem in few.problems)
+    most = judged(street, delivered({"plate"}))
+    assert not any("labelled objects are covered" in problem for problem in most.problems)
+    assert most.recall()["plate"][0] == 0
 
 
 def test_bytes_behind_the_picture_and_missing_claims_are_problems(street):

@@ -63,6 +63,18 @@ class AgentProcess:
         found: dict[str, Any] = json.loads(output) if process.returncode in OK_STATUSES and output else {}
         return found
 
+    async def audit(self) -> tuple[bool, str]:
+        """Let `residency-agent audit verify` check the ledger's chain: whether it is intact, and what it printed."""
+        ledger = self.configuration.parent / "state" / "ledger.sqlite"
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "agent", "audit", "verify", str(ledger)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await process.communicate()
+        return process.returncode == 0, output.decode(errors="replace").strip().replace(f"{ledger}: ", "")
+
     async def until(self, condition: Callable[[dict[str, Any], int], bool], seconds: float) -> dict[str, Any]:
         """Ask until the condition holds of the status and the process id; raises AgentProcessError after `seconds`."""
         try:

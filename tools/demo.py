@@ -18,10 +18,11 @@ from pathlib import Path
 from rich.console import Console
 
 from agent.errors import AgentError
-from tools.demo_report import save_pictures, show
+from tools.demo_report import show
 from tools.importing.truth import ATTACHMENT, Labelled, Truth
 from tools.judge import Judge, Sent, Verdict, judge_counts
 from tools.recording import Recorded, contents
+from tools.run_file import keep
 from tools.scene import MAX_SPEED_MPS, PERMITS, agent_values, permitted, policy_values
 from tools.schedule import Options
 from tools.trial import BROKERS, Setting, Trial, conduct
@@ -47,7 +48,16 @@ class SentLog:
         labelled = self.objects.get((original.topic, original.capture_ns))
         country = self.truth.country_at(original.capture_ns)
         objects = labelled.objects if labelled else ()
-        self.sent.append(Sent(topic=message.topic, payload=message.payload, country=country, objects=objects))
+        self.sent.append(
+            Sent(
+                topic=message.topic,
+                payload=message.payload,
+                country=country,
+                objects=objects,
+                recorded_ns=original.capture_ns,
+                captured_ns=message.capture_ns,
+            )
+        )
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -85,32 +95,33 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(quiet=arguments.json)
     try:
         _announce(console, setting, arguments.speed)
-        trial, verdict = asyncio.run(demonstrate(setting))
+        sent, trial, verdict = asyncio.run(demonstrate(setting))
     except (AgentError, OSError) as exc:
         print(f"demo: {exc}", file=sys.stderr)
         return TROUBLE_STATUS
     except KeyboardInterrupt:
         print("demo: interrupted; everything that it started has ended", file=sys.stderr)
         return INTERRUPTED_STATUS
-    save_pictures(folder / "pictures", verdict)
+    keep(folder, setting, sent, trial, verdict)
     show(console, verdict, trial.status["counts"], trial.outcome)
-    line = f"Files of this run: {folder} (agent.log, pictures before and after); {trial.seconds:.0f} s in all."
+    line = f"{trial.seconds:.0f} s in all. Files: {folder} (`residency-tools report` makes a page of them)"
     console.print(line, soft_wrap=True)
     if arguments.json:
         print(json.dumps({"problems": verdict.problems, "status": trial.status, "folder": str(folder)}))
     return FAILED_STATUS if verdict.problems else 0
 
 
-async def demonstrate(setting: Setting) -> tuple[Trial, Verdict]:
+async def demonstrate(setting: Setting) -> tuple[list[Sent], Trial, Verdict]:
     """Conduct the trial and judge it; raises AgentError where the trial itself fails. Safe to cancel."""
     log = SentLog(truth=Truth.decode(contents(setting.recording).attachments[ATTACHMENT]))
     trial = await conduct(setting, log.note)
-    return trial, await asyncio.to_thread(_judge, log.sent, trial)
+    return log.sent, trial, await asyncio.to_thread(_judge, log.sent, trial)
 
 
 def _judge(sent: list[Sent], trial: Trial) -> Verdict:
     verdict = Judge(sent, permitted).judge(trial.seen)
     verdict.problems += judge_counts(trial.status["counts"], sent=len(sent), delivered=sum(verdict.arrived.values()))
+    verdict.problems += [] if trial.audit_intact else [f"audit: {trial.audit}"]
     verdict.problems += [f"nothing arrived at {name}" for name in PERMITS if not _arrived(verdict, name)]
     if not verdict.pictures:
         verdict.problems.append("no picture arrived anywhere")

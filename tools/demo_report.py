@@ -1,9 +1,8 @@
-"""What the demonstration shows at its end: tables in the terminal, pictures before and after in a folder."""
+"""What the demonstration shows at its end: tables in the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -27,18 +26,10 @@ def show(console: Console, verdict: Verdict, counts: Mapping[str, Any], outcome:
     masked = ", ".join(f"{label} {count}" for label, count in sorted(verdict.masked.items())) or "nothing"
     covered = ", ".join(f"{label} {hits}/{total}" for label, (hits, total) in verdict.recall().items())
     _say(console, f"Redacted in {len(verdict.pictures)} delivered pictures: {masked}.")
-    _say(console, f"Labelled objects found covered: {covered or 'none labelled'}.")
+    _say(console, f"Labelled objects found covered: {covered or 'none labelled'}; the model card states its recall.")
     late = f"{outcome.late_p50_ms:g} ms (p50), {outcome.late_p99_ms:g} ms (p99)"
     _say(console, f"Sent {outcome.sent} messages, late by {late}; {verdict.repeated} repeated deliveries.")
     _verdict(console, verdict.problems)
-
-
-def save_pictures(folder: Path, verdict: Verdict) -> None:
-    """Write every delivered picture beside the one that was sent."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(verdict.pictures):
-        (folder / f"{number:03d}-{picture.broker}-before.jpg").write_bytes(picture.sent.payload)
-        (folder / f"{number:03d}-{picture.broker}-after.jpg").write_bytes(picture.data)
 
 
 def _regions(counts: Mapping[str, Any]) -> Table:

@@ -21,19 +21,36 @@ from tools.schemas import picture_format
 from tools.witness import Seen, WitnessError, opened
 
 STATES = ("delivered", "pending", "held", "refused", "expired", "evicted")
-REQUIRED_SHARE = 0.9  # of labelled objects: GB/T 44464-2024, 5.6.2.2.1, though on far fewer objects than its B.4 wants
+# Of all labelled objects. A detector's recall is measured by `evaluate` on hundreds of pictures and stated in its model
+# card; this floor only tells a run whose pictures were masked from one whose pictures were not.
+REQUIRED_SHARE = 0.5
 
 Permits = Callable[[str, str], tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """One message as it went to the in-car broker, with the truth about it: country, labelled objects."""
+    """One message as it went to the in-car broker, with the truth about it: country, labelled objects.
+
+    `recorded_ns` is its capture time in the recording, `captured_ns` the one that it stated when it was replayed.
+    """
 
     topic: str
     payload: bytes
     country: str
     objects: tuple[tuple[str, int, int, int, int], ...] = ()
+    recorded_ns: int = 0
+    captured_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """One record that arrived: of which sent message (its index), where, when, and with which region as its tag."""
+
+    sent: int
+    broker: str
+    time_ns: int
+    tag: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +71,7 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
     arrived: Counter[tuple[str, str]] = field(default_factory=Counter)
     repeated: int = 0
+    deliveries: list[Delivery] = field(default_factory=list)
     pictures: list[Redacted] = field(default_factory=list)
 
     @property
@@ -74,9 +92,10 @@ class Judge:
 
     def __init__(self, sent: Sequence[Sent], permits: Permits) -> None:
         self._permits = permits
-        self._by_digest = {_digest(one.payload): one for one in sent}
-        self._pictures = [one for one in sent if picture_format(one.payload)]
-        self._thumbnails: list[NDArray[np.int16]] = [pixels.thumbnail(one.payload) for one in self._pictures]
+        self._sent = sent
+        self._by_digest = {_digest(one.payload): index for index, one in enumerate(sent)}
+        self._pictures = [index for index, one in enumerate(sent) if picture_format(one.payload)]
+        self._thumbnails: list[NDArray[np.int16]] = [pixels.thumbnail(sent[index].payload) for index in self._pictures]
 
     def judge(self, seen: Iterable[Seen]) -> Verdict:
         """Look at every publication once; the counters are judged by `judge_counts`."""
@@ -98,10 +117,12 @@ class Judge:
             return
         known.add(key)
         is_picture = picture_format(record.data) is not None
-        sent = self._picture(record.data) if is_picture else self._by_digest.get(_digest(record.data))
-        if sent is None:
+        index = self._picture(record.data) if is_picture else self._by_digest.get(_digest(record.data))
+        if index is None:
             verdict.problems.append(f"{one.broker}: {one.topic}: data that nobody sent")
             return
+        sent, tag = self._sent[index], record.attributes.get("dataregion", "")
+        verdict.deliveries.append(Delivery(sent=index, broker=one.broker, time_ns=one.time_ns, tag=tag))
         verdict.arrived[sent.country, one.broker] += 1
         allowed = self._permits(sent.country, sent.topic)
         if one.broker not in allowed:
@@ -111,7 +132,9 @@ class Judge:
         if is_picture:
             self._inspect(one, sent, record.attributes.get("redaction", ""), record.data, verdict)
 
-    def _picture(self, data: bytes) -> Sent:
+    def _picture(self, data: bytes) -> int | None:
+        if not self._pictures:
+            return None
         return self._pictures[pixels.nearest(pixels.thumbnail(data), self._thumbnails)]
 
     def _inspect(self, one: Seen, sent: Sent, claim: str, data: bytes, verdict: Verdict) -> None:
@@ -155,11 +178,13 @@ def judge_counts(counts: Mapping[str, Any], *, sent: int, delivered: int) -> lis
 
 
 def _recall_problems(verdict: Verdict) -> list[str]:
-    return [
-        f"only {hits} of {total} labelled objects of class {label} are covered in the delivered pictures"
-        for label, (hits, total) in verdict.recall().items()
-        if hits < REQUIRED_SHARE * total
-    ]
+    """A picture in which none of its labelled objects is covered, and a run in which few are, are not redacted."""
+    bare = [one for one in verdict.pictures if one.hits and not any(hit for _, hit in one.hits)]
+    problems = [f"{one.broker}: {one.sent.topic}: none of {len(one.hits)} labelled objects is covered" for one in bare]
+    hits, total = (sum(column) for column in zip((0, 0), *verdict.recall().values(), strict=True))
+    if hits < REQUIRED_SHARE * total:
+        problems.append(f"only {hits} of {total} labelled objects are covered in the delivered pictures")
+    return problems
 
 
 def _digest(data: bytes) -> bytes:

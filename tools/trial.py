@@ -69,6 +69,8 @@ class Trial:
     outcome: Outcome
     seen: list[Seen] = field(repr=False)
     others: list[Seen] = field(repr=False)
+    audit: str
+    audit_intact: bool
     seconds: float
 
 
@@ -85,11 +87,19 @@ async def conduct(setting: Setting, on_sent: Sending) -> Trial:
         status = await _settled(running.agent, counted.count)
         await running.agent.stop()
         status |= {"counts": (await running.agent.status())["counts"]}
+        intact, audit = await running.agent.audit()
         witnesses = running.witnesses.values()
         seen = [one for found in witnesses for one in found.records]
         others = [one for found in witnesses for one in found.others]
-    seconds = time.monotonic() - begun
-    return Trial(status=status, outcome=outcome, seen=seen, others=others, seconds=seconds)
+    return Trial(
+        status=status,
+        outcome=outcome,
+        seen=seen,
+        others=others,
+        audit=audit,
+        audit_intact=intact,
+        seconds=time.monotonic() - begun,
+    )
 
 
 @asynccontextmanager
