@@ -12,7 +12,7 @@ from agent.pictures import Format, Header, PictureLimits
 PARSERS: Mapping[Format, Callable[[bytes, PictureLimits], Header]] = MappingProxyType(
     {Format.JPEG: jpeg.parse, Format.PNG: png.parse, Format.WEBP: webp.parse}
 )
-FINISHERS: Mapping[Format, Callable[[Header, int, bytes], bytes]] = MappingProxyType(
+FINISHERS: Mapping[Format, Callable[[Header, int], bytes]] = MappingProxyType(
     {Format.JPEG: jpeg.finish, Format.PNG: png.finish, Format.WEBP: webp.finish}
 )
 
@@ -38,7 +38,7 @@ def read_header(data: bytes, limits: PictureLimits) -> Header:
     return PARSERS[found](data, limits)
 
 
-def rebuild(data: bytes, limits: PictureLimits, orientation: int, profile: bytes = b"") -> bytes:
-    """Return the picture with its pixels and, of all metadata, only what is given here, written anew."""
+def rebuild(data: bytes, limits: PictureLimits, orientation: int) -> bytes:
+    """Return the picture with its pixels and, of all metadata, only this orientation, written anew."""
     header = read_header(data, limits)
-    return FINISHERS[header.format](header, orientation, profile)
+    return FINISHERS[header.format](header, orientation)

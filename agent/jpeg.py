@@ -42,6 +42,7 @@ class _Walk:
     progressive: bool = False
     restart: int = 0
     scans: int = 0
+    optimised: bool = False
     jfif: bool = False
     adobe: int | None = None
     orientation: int | None = None
@@ -66,13 +67,11 @@ def parse(data: bytes, limits: PictureLimits) -> Header:
     return _header(walk)
 
 
-def finish(header: Header, orientation: int, profile: bytes) -> bytes:
-    """Return the clean stream with what may survive: an orientation other than 1, an ICC profile unless empty."""
+def finish(header: Header, orientation: int) -> bytes:
+    """Return the clean stream with the one value that may survive: an orientation other than 1."""
     extra = b""
     if orientation != 1:
         extra += _encode(APP1, exif.PREFIX + exif.block(orientation))
-    if profile:
-        extra += _encode(0xE2, b"ICC_PROFILE\x00\x01\x01" + profile)
     clean, at = header.clean, 2
     while clean[at + 1] in {APP0, APP14}:
         at += 2 + int.from_bytes(clean[at + 2 : at + 4], "big")
@@ -117,6 +116,8 @@ def _segment(walk: _Walk, marker: int, body: bytes, limits: PictureLimits) -> No
         raise RefusedError("picture.coding", f"marker {marker:02x}")
     if marker == DQT:
         _tables(walk, body)
+    elif marker == DHT:
+        walk.optimised |= not _has_standard_sizes(body)
     elif marker == DRI and len(body) == 2:
         walk.restart = int.from_bytes(body, "big")
     if marker in CARRIED or marker in FRAMES:
@@ -148,6 +149,17 @@ def _tables(walk: _Walk, body: bytes) -> None:
             table[natural] = int.from_bytes(values[zigzag * (wide + 1) : (zigzag + 1) * (wide + 1)], "big")
         walk.tables.setdefault(name, tuple(table))
         at += 1 + size
+
+
+def _has_standard_sizes(body: bytes) -> bool:
+    """Whether Huffman tables have the sizes of T.81, annex K (12 symbols for DC, 162 for AC): others were optimised."""
+    at = 0
+    while at < len(body):
+        symbols = sum(body[at + 1 : at + 17])
+        if symbols != (162 if body[at] >> 4 else 12):
+            return False
+        at += 17 + symbols
+    return True
 
 
 def _application(walk: _Walk, marker: int, body: bytes) -> None:
@@ -198,6 +210,7 @@ def _header(walk: _Walk) -> Header:
         colour=_colour(walk),
         progressive=walk.progressive,
         restart=walk.restart,
+        optimised=walk.optimised,
         tables=tuple(walk.tables[table] for *_, table in walk.components),
         sampling=tuple((h, v) for _, h, v, _ in walk.components),
         block=_block(walk),

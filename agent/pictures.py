@@ -63,8 +63,9 @@ class Header:
     """What the header claims, and `clean`: the only bytes that a decoder gets, all metadata removed.
 
     `tables`: quantisation tables per component in natural order; `sampling`: (h, v) per component; both JPEG only.
-    `restart` is the restart interval in MCUs. `lossless` and `quantizer` (0-127) are WebP only. `block` is the size in
-    pixels of what the source coded as one, `bleed` by how many pixels a decoder mixes neighbouring blocks.
+    `restart` is the restart interval in MCUs, `optimised` whether the Huffman tables were made for the picture.
+    `lossless` and `quantizer` (0-127) are WebP only. `block` is the size in pixels of what the source coded as one,
+    `bleed` by how many pixels a decoder mixes neighbouring blocks.
     """
 
     format: Format
@@ -75,6 +76,7 @@ class Header:
     colour: Colour = Colour.RGB
     progressive: bool = False
     restart: int = 0
+    optimised: bool = False
     tables: tuple[tuple[int, ...], ...] = ()
     sampling: tuple[tuple[int, int], ...] = ()
     lossless: bool = True

@@ -45,11 +45,9 @@ def parse(data: bytes, limits: PictureLimits) -> Header:
     )
 
 
-def finish(header: Header, orientation: int, profile: bytes) -> bytes:
-    """Return the clean stream with what may survive: an orientation other than 1, an ICC profile unless empty."""
+def finish(header: Header, orientation: int) -> bytes:
+    """Return the clean stream with the one value that may survive: an orientation other than 1."""
     extra = b""
-    if profile:
-        extra += encode(b"iCCP", b"icc\x00\x00" + zlib.compress(profile, 9))
     if orientation != 1:
         extra += encode(b"eXIf", exif.block(orientation))
     clean, at = header.clean, len(SIGNATURE) + 25

@@ -198,6 +198,7 @@ def _jpeg_parameters(header: Header) -> dict[str, object]:
         "qtables": header.tables[:3],
         "subsampling": FULL_SAMPLING if inks else SUBSAMPLING.get(header.sampling, FULL_SAMPLING),
         "progressive": header.progressive,
+        "optimize": header.optimised,
         "restart_marker_blocks": header.restart,
         "keep_rgb": header.colour is Colour.RGB,
     }

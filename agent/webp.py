@@ -6,7 +6,7 @@ from agent import exif
 from agent.errors import RefusedError
 from agent.pictures import Format, Header, PictureLimits, check_frames, check_size
 
-ALPHA, EXIF, ICC = 0x10, 0x08, 0x20  # VP8X flags, RFC 9649 section 2.7.1
+ALPHA, EXIF = 0x10, 0x08  # VP8X flags, RFC 9649 section 2.7.1
 CARRIED = frozenset({b"VP8 ", b"VP8L", b"ALPH"})
 MAX_CHUNKS = 1000
 MACROBLOCK = (16, 16)  # RFC 6386, section 2
@@ -40,15 +40,12 @@ def parse(data: bytes, limits: PictureLimits) -> Header:
     )
 
 
-def finish(header: Header, orientation: int, profile: bytes) -> bytes:
-    """Return the clean file with what may survive: an orientation other than 1, an ICC profile unless empty."""
-    if orientation == 1 and not profile:
+def finish(header: Header, orientation: int) -> bytes:
+    """Return the clean file with the one value that may survive: an orientation other than 1."""
+    if orientation == 1:
         return header.clean
     chunks = [(kind, body) for kind, body in _chunks(header.clean) if kind in CARRIED]
-    if profile:
-        chunks.insert(0, (b"ICCP", profile))
-    if orientation != 1:
-        chunks.append((b"EXIF", exif.block(orientation)))
+    chunks.append((b"EXIF", exif.block(orientation)))
     return _file(chunks, header.width, header.height)
 
 
@@ -147,7 +144,7 @@ def _chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 def _file(chunks: list[tuple[bytes, bytes]], width: int, height: int) -> bytes:
     kinds = {kind for kind, _ in chunks}
-    flags = ALPHA * (b"ALPH" in kinds) | EXIF * (b"EXIF" in kinds) | ICC * (b"ICCP" in kinds)
+    flags = ALPHA * (b"ALPH" in kinds) | EXIF * (b"EXIF" in kinds)
     if flags:
         canvas = bytes([flags, 0, 0, 0]) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
         chunks = [(b"VP8X", canvas), *chunks]

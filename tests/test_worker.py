@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -64,12 +65,14 @@ async def refusal(worker: RedactionWorker, payload: bytes) -> str:
     return caught.value.reason
 
 
-async def test_worker_gives_what_the_pure_function_gives(options):
+async def test_worker_gives_what_the_pure_function_gives_and_logs_nothing(options, caplog):
+    caplog.set_level(logging.INFO, "agent")
     async with RedactionWorker(options) as worker:
         done = await worker.redact(HARMLESS)
         assert (worker.ready, worker.digest, done.model_digest) == (True, DIGEST, DIGEST)
     pure = redact_payload(HARMLESS, find_mark, RedactionOptions(), InspectionLimits())
     assert (done.payload, dict(done.counts), done.pictures) == (pure.payload, {"person": 1}, 1)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,7 @@ async def test_missing_model_refuses_every_picture_and_the_agent_lives(options):
 async def test_model_that_does_not_open_in_time_refuses(options):
     given = replace(options, factory="detectors:slow_to_open", start_timeout_s=0.5)
     async with RedactionWorker(given) as worker:
-        assert not worker.ready
+        assert (worker.ready, worker.error) == (False, "redaction.timeout")
         assert await refusal(worker, HARMLESS) == "redaction.timeout"
 
 
