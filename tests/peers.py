@@ -81,7 +81,7 @@ def peer(identity=None, *, answer=CONNACK, client_ca=None, versions=None, host="
     """Listen on loopback: with TLS where there is an identity; `answer` follows the first bytes of a connection."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as listener:
-        seen = Peer(listener, _context(identity, client_ca, versions) if identity else None, answer)
+        seen = Peer(listener, server_context(identity, client_ca, versions) if identity else None, answer)
         thread = threading.Thread(target=seen.accept_all, daemon=True)
         thread.start()
         try:
@@ -92,7 +92,8 @@ def peer(identity=None, *, answer=CONNACK, client_ca=None, versions=None, host="
             thread.join(SECONDS)
 
 
-def _context(identity, client_ca, versions):
+def server_context(identity, client_ca=None, versions=None):
+    """TLS of a server with this identity; it asks for a client certificate of `client_ca`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(identity.cert, identity.key)
     if client_ca is not None:
