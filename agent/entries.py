@@ -6,7 +6,7 @@ bytes, times Unix nanoseconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from agent.messages import Record, Redaction
@@ -114,6 +114,14 @@ class SessionReset:
 Ending = Delivered | Rejected | Withdrawn
 Change = Released | Redecided
 Entry = Store | Refused | Delivered | Rejected | Withdrawn | Released | Redecided | Noted | SessionReset
+
+
+def latest_ns(entries: Iterable[Entry]) -> int:
+    """The latest time that the entries name; 0 where none does."""
+    times = (
+        entry.record.recorded_ns if isinstance(entry, Store) else getattr(entry, "time_ns", 0) for entry in entries
+    )
+    return max(times, default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,9 +36,9 @@ from agent.entries import (
     Noted,
     Rejected,
     Spooled,
-    Store,
     SweepResult,
     Withdrawn,
+    latest_ns,
 )
 from agent.errors import LedgerEntryError, LedgerStalledError
 from agent.messages import Priority, Record
@@ -123,7 +123,7 @@ class Ledger:
                     transaction.apply(entry)
                 except (ValueError, sqlite3.IntegrityError) as exc:
                     raise LedgerEntryError(index, f"{self._path}: {exc}") from exc
-            retention.make_room(self._connection, transaction, self._limits, _time_of(entries))
+            retention.make_room(self._connection, transaction, self._limits, latest_ns(entries))
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Transaction]:
@@ -258,7 +258,12 @@ class Ledger:
         self._reserve.take()
         after = self.counts()
         expired, evicted = after.expired - before.expired, after.evicted - before.evicted
-        return SweepResult(expired=expired, evicted=evicted, freed_bytes=freed, more=expired >= SWEEP_RECORDS)
+        return SweepResult(
+            expired=expired,
+            evicted=evicted,
+            freed_bytes=freed,
+            more=expired >= SWEEP_RECORDS or evicted >= retention.EVICT_RECORDS,
+        )
 
     def _end_old(self, now: retention.Moment | None) -> None:
         time_ns = time.time_ns() if now is None else now.time_ns
@@ -287,11 +292,3 @@ class Ledger:
         """The counters of a ledger, also while another process writes it."""
         with translated(path), contextlib.closing(read_only(path)) as connection:
             return tally.counts(read_cells(connection).items())
-
-
-def _time_of(entries: Sequence[Entry]) -> int:
-    """The latest time that the entries name; 0 where none does."""
-    times = (
-        entry.record.recorded_ns if isinstance(entry, Store) else getattr(entry, "time_ns", 0) for entry in entries
-    )
-    return max(times, default=0)
