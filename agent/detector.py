@@ -8,8 +8,7 @@ The same picture gives the same boxes, whatever the number of threads.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +17,30 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
+from agent.decoding import Candidates, candidates
 from agent.errors import ModelError
-from agent.geometry import (
-    Floats,
-    Letterbox,
-    boxes_from_centres,
-    boxes_from_distances,
-    cell_count,
-    cell_grid,
-    fixed_letterbox,
-    letterbox,
-    suppress,
-)
-from agent.manifest import Input, Layout, Manifest, read_manifest
+from agent.geometry import Floats, Letterbox, Window, far_windows, fixed_letterbox, letterbox, suppress
+from agent.manifest import Input, Manifest, read_manifest
 from agent.messages import Box
 
-MOST_CANDIDATES = 2000  # rows of a class that suppression looks at; the best are taken
 LARGEST_MODEL = 64 * 2**20  # bytes
 ERRORS_ONLY = 3  # onnxruntime's severity: warnings about foreign models are no business of the car's log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """What a class's rows say: boxes (n, 4) in input pixels and scores (n,) in 0..1, above the class's threshold."""
-
-    label: str
-    boxes: Floats
-    scores: Floats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Detector:
-    """A verified session. `digest` is the SHA-256, in hexadecimal, of the ONNX bytes."""
+    """A verified session. `digest` is the SHA-256, in hexadecimal, of the ONNX bytes.
+
+    `far`: a picture larger than the input is seen a second time, in full resolution where far plates are.
+    """
 
     manifest: Manifest
     session: Any
     digest: str
+    far: bool = False
 
     @staticmethod
-    def open(manifest: Path, *, threads: int = 1) -> Detector:
+    def open(manifest: Path, *, threads: int = 1, far: bool = False) -> Detector:
         """The detector of a manifest; ModelError where file, hash, input or output is not what the manifest says."""
         described = read_manifest(manifest)
         data = _verified(manifest.parent / described.model, described.sha256)
@@ -66,7 +50,7 @@ class Detector:
             message = f"{described.model}: onnxruntime cannot load it: {exc}"
             raise ModelError(message) from exc
         _check_ends(session, described)
-        return Detector(manifest=described, session=session, digest=described.sha256)
+        return Detector(manifest=described, session=session, digest=described.sha256, far=far)
 
     def with_thresholds(self, thresholds: dict[str, float]) -> list[float]:
         """The thresholds in the order of the manifest's classes, those given here first."""
@@ -81,11 +65,25 @@ class Detector:
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             message = f"a picture is uint8 (H, W, 3), found {picture.dtype} {picture.shape}"
             raise ValueError(message)
+        limits = self.with_thresholds(thresholds or {})
+        found = self._seen(picture, limits)
+        for window in self._windows(picture.shape[1], picture.shape[0]):
+            part = np.ascontiguousarray(picture[window.y1 : window.y2, window.x1 : window.x2])
+            for label, own in self._seen(part, limits).items():
+                found[label] = found[label].joined(own.whole_in(window).moved(window.x1, window.y1))
+        return [box for item in found.values() for box in boxes_of(item, self.manifest.output.suppression)]
+
+    def _windows(self, width: int, height: int) -> list[Window]:
+        if not self.far or self.manifest.input.fixed is not None:
+            return []
+        return far_windows(width, height, self.manifest.input.long_side)
+
+    def _seen(self, picture: NDArray[np.uint8], limits: list[float]) -> dict[str, Candidates]:
+        """What one pass over a picture finds, by label, in the picture's pixels and clipped to it."""
         frame = frame_of(picture.shape[1], picture.shape[0], self.manifest.input)
         values = self._run(prepared(picture, frame, self.manifest.input))
-        limits = self.with_thresholds(thresholds or {})
         found = candidates(values, frame, self.manifest, limits)
-        return [box for item in found for box in remaining(item, frame, self.manifest.output.suppression)]
+        return {item.label: replace(item, boxes=frame.to_picture(item.boxes)) for item in found}
 
     def _run(self, batch: NDArray[Any]) -> Floats:
         """The session's one output for one input, as it came."""
@@ -169,75 +167,11 @@ def prepared(picture: NDArray[np.uint8], frame: Letterbox, given: Input) -> NDAr
     return np.ascontiguousarray(batch)
 
 
-def candidates(values: Floats, frame: Letterbox, manifest: Manifest, limits: Sequence[float]) -> list[Candidates]:
-    """Rows of the output that pass `limits`, class by class; ModelError for a wrong shape or a number not finite."""
-    _check_values(values, frame, manifest)
-    output, count = manifest.output, len(manifest.classes)
-    if output.layout is Layout.CELLS:
-        return _from_cells(values[0], frame, manifest, limits)
-    if output.layout is Layout.CORNERS:
-        boxes, scores = values[0, :, :4], values[0, :, 4:]
-    else:
-        boxes, scores = boxes_from_centres(values[0, :4].T), values[0, 4:].T
-    if scores.size and (scores.min() < 0 or scores.max() > 1):
-        message = f"{manifest.model}: a score lies outside 0..1"
-        raise ModelError(message)
-    found = []
-    for number, label in zip(range(count), manifest.classes, strict=True):
-        if label is not None:
-            chosen = _best(scores[:, number], limits[number])
-            found.append(Candidates(label=label, boxes=boxes[chosen], scores=scores[chosen, number]))
-    return found
-
-
-def _check_values(values: Floats, frame: Letterbox, manifest: Manifest) -> None:
-    classes, layout = len(manifest.classes), manifest.output.layout
-    count: int | None = None
-    if layout is Layout.CELLS:
-        count = cell_count(frame.width, frame.height, manifest.output.strides)
-    axis, length = (1, 4 + classes) if layout is Layout.CENTRES else (2, 5 * classes)
-    if layout is Layout.CORNERS:
-        length = 4 + classes
-    right = values.ndim == 3 and values.shape[0] == 1 and values.shape[axis] == length
-    if not right or (count is not None and values.shape[1] != count):
-        message = f"{manifest.model}: the output has the shape {values.shape}, wanted {length} values for {count} cells"
-        raise ModelError(message)
-    if not np.isfinite(values).all():
-        message = f"{manifest.model}: the output holds a number that is not finite"
-        raise ModelError(message)
-
-
-def _from_cells(rows: Floats, frame: Letterbox, manifest: Manifest, limits: Sequence[float]) -> list[Candidates]:
-    """Decode only the cells that pass."""
-    centres, strides = cell_grid(frame.width, frame.height, manifest.output.strides)
-    classes = len(manifest.classes)
-    found = []
-    for number, label in enumerate(manifest.classes):
-        if label is None:
-            continue
-        logits = rows[:, number]
-        chosen = _best(logits, float(np.log(limits[number] / (1 - limits[number]))))
-        start = classes + 4 * number
-        boxes = boxes_from_distances(rows[chosen, start : start + 4], centres[chosen], strides[chosen])
-        scores = np.asarray(1 / (1 + np.exp(-logits[chosen])), np.float32)
-        found.append(Candidates(label=label, boxes=boxes, scores=scores))
-    return found
-
-
-def _best(scores: Floats, limit: float) -> NDArray[np.int64]:
-    """Indices of scores not below a limit, the best MOST_CANDIDATES of them."""
-    chosen = np.flatnonzero(scores >= limit)
-    if len(chosen) > MOST_CANDIDATES:
-        chosen = np.sort(chosen[np.argsort(-scores[chosen], kind="stable")[:MOST_CANDIDATES]])
-    return chosen
-
-
-def remaining(found: Candidates, frame: Letterbox, limit: float) -> list[Box]:
-    """Boxes of the picture that suppression leaves; what lies wholly outside the picture is no box."""
+def boxes_of(found: Candidates, limit: float) -> list[Box]:
+    """The boxes that suppression leaves; what lay wholly outside the picture has no area and is no box."""
     kept = suppress(found.boxes, found.scores, limit)
-    boxes = frame.to_picture(found.boxes[kept])
     return [
         Box(label=found.label, score=float(score), x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2))
-        for (x1, y1, x2, y2), score in zip(boxes, found.scores[kept], strict=True)
+        for (x1, y1, x2, y2), score in zip(found.boxes[kept], found.scores[kept], strict=True)
         if x2 > x1 and y2 > y1
     ]

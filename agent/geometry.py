@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
+FAR_TOP, FAR_BOTTOM = 0.3, 0.8  # shares of a picture's height between which a level camera sees far plates
+SHARED = 128  # pixels that neighbouring windows share, more than a far plate is wide
 LARGEST_LOGARITHM = 5.0  # of a distance in strides: a box side lies at most 148 strides from its cell
 
 
@@ -77,6 +79,31 @@ def fixed_letterbox(width: int, height: int, *, input_width: int, input_height: 
         picture_width=width,
         picture_height=height,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Whole pixels of a picture, half-open."""
+
+    x1: int
+    y1: int
+    x2: int
+    y2: int
+
+
+def far_windows(width: int, height: int, long_side: int) -> list[Window]:
+    """Windows, at most `long_side` wide, over the band of a (width, height) picture where far plates are.
+
+    None where the picture's longer side is within `long_side`: it is seen in full resolution anyway.
+    """
+    if max(width, height) <= long_side:
+        return []
+    side = min(long_side, width)
+    count = 1 if width <= side else math.ceil((width - SHARED) / max(side - SHARED, 1))
+    wide = min(side, math.ceil((width + (count - 1) * SHARED) / count))
+    top, bottom = math.floor(height * FAR_TOP), math.ceil(height * FAR_BOTTOM)
+    starts = [round(index * (width - wide) / max(count - 1, 1)) for index in range(count)]
+    return [Window(x1=start, y1=top, x2=start + wide, y2=bottom) for start in starts]
 
 
 def cell_count(width: int, height: int, strides: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from agent.detector import Detector, frame_of, prepared
 from agent.errors import ModelError
+from agent.geometry import far_windows
 from agent.manifest import Input, read_manifest
 
 CLASSES = ["person", "face", "plate"]
@@ -289,3 +290,28 @@ def test_fixed_input_keeps_its_size_and_its_padding():
     assert batch.shape == (1, 96, 64, 3)
     assert (batch[0, :32] == 200).all()
     assert (batch[0, 32:] == 7).all()
+
+
+def test_far_plate_that_the_small_input_loses_is_found_in_the_second_pass(tmp_path):
+    path = manifest_for(tmp_path, mean_model(), thresholds={"person": 0.9, "face": 0.5, "plate": 0.5})
+    scene = picture(512, 1024)
+    windows = far_windows(1024, 512, 256)
+    x, y = windows[2].x1 + 96, windows[2].y1 + 96
+    scene[y : y + 32, x : x + 32] = 255
+    assert Detector.open(path).detect(scene) == []
+    (box,) = Detector.open(path, far=True).detect(scene)
+    assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((x - 16, y - 16, x + 48, y + 48), abs=2)
+
+
+def test_object_that_a_window_cuts_is_not_taken_from_the_second_pass(tmp_path):
+    path = manifest_for(tmp_path, mean_model(), thresholds={"person": 0.9, "face": 0.5, "plate": 0.5})
+    scene = picture(512, 1024)
+    top = far_windows(1024, 512, 256)[0].y1
+    scene[top : top + 32, 256:288] = 255
+    assert Detector.open(path, far=True).detect(scene) == []
+
+
+def test_second_pass_changes_nothing_where_the_picture_fits_the_input(tmp_path):
+    path = manifest_for(tmp_path, mean_model())
+    scene = np.random.default_rng(1).integers(0, 256, (200, 256, 3), np.uint8)
+    assert Detector.open(path, far=True).detect(scene) == Detector.open(path).detect(scene)

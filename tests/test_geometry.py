@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from agent.geometry import (
     boxes_from_distances,
     cell_count,
     cell_grid,
+    far_windows,
     fixed_letterbox,
     intersections,
     letterbox,
@@ -154,3 +156,23 @@ def test_best_box_comes_first_and_equal_ones_keep_their_order():
 def test_nothing_remains_of_nothing():
     assert suppress(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), 0.5).tolist() == []
     assert math.prod(overlaps(np.zeros((0, 4), np.float32), rows([(0, 0, 1, 1)])).shape) == 0
+
+
+@given(width=st.integers(1, 6000), height=st.integers(1, 4000))
+def test_far_windows_cover_the_band_in_windows_no_wider_than_the_input(width, height):
+    windows = far_windows(width, height, 1280)
+    if max(width, height) <= 1280:
+        assert windows == []
+        return
+    assert windows[0].x1 == 0
+    assert windows[-1].x2 == width
+    assert all(0 <= item.y1 < item.y2 <= height for item in windows)
+    assert all(item.x2 - item.x1 <= 1280 for item in windows)
+    assert all(left.x2 - right.x1 >= 100 for left, right in pairwise(windows))
+
+
+def test_full_hd_picture_has_two_far_windows():
+    assert [(item.x1, item.x2, item.y1, item.y2) for item in far_windows(1920, 1080, 1280)] == [
+        (0, 1024, 324, 864),
+        (896, 1920, 324, 864),
+    ]
