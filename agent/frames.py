@@ -26,9 +26,13 @@ class Setup(Struct, frozen=True, kw_only=True):
 
 
 class Hello(Struct, frozen=True, kw_only=True):
-    """Worker to agent, once: the SHA-256 of the open model, or the reason why no picture can be redacted."""
+    """Worker to agent, once: the SHA-256 of the open model, or the reason why no picture can be redacted.
+
+    `confined`: the kernel filters the worker's system calls.
+    """
 
     digest: str = ""
+    confined: bool = False
     error: str = ""
     detail: str = ""
 

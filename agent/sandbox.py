@@ -1,8 +1,9 @@
 """The worker's own process: `python -m agent.sandbox PARENT`. Decoders and the model run here and nowhere else.
 
 Before it reads the first payload it gives up what it does not need: new files and sockets (RLIMIT_NOFILE 0), writing
-(RLIMIT_FSIZE 0), new processes (RLIMIT_NPROC 0, not for root), core dumps, new privileges, being read by others. Memory
-is bounded by RLIMIT_AS and the time of each picture by RLIMIT_CPU. It dies with its parent.
+(RLIMIT_FSIZE 0), new processes (RLIMIT_NPROC 0, not for root), core dumps, new privileges, being read by others, and
+by a seccomp filter also signals to others, tracing, and all of the former for root too. Memory is bounded by RLIMIT_AS
+and the time of each picture by RLIMIT_CPU. It dies with its parent.
 
 Frames on stdin and stdout: 4 bytes length, then msgpack of `Setup`, `Hello`, `Request` or `Reply`. Nothing is ever
 written to stderr, which is /dev/null, and a reply's `detail` holds no payload byte.
@@ -25,6 +26,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from agent import seccomp
 from agent.errors import AgentError, RefusedError
 from agent.frames import HEADER_BYTES, Hello, Reply, Request, Setup, encode
 from agent.masking import Pixels
@@ -57,11 +59,12 @@ def main() -> int:
     try:
         detector = _open(setup)
         _warm_up(setup, detector)
+        confined = _lock_down()
+        _warm_up(setup, detector)
     except Exception as exc:  # noqa: BLE001 - whatever a model library raises, the parent hears of it and refuses
         _send(stdout, Hello(error=_start_error(exc), detail=str(exc) if isinstance(exc, AgentError) else ""))
         return 1
-    _lock_down()
-    _send(stdout, Hello(digest=detector.digest))
+    _send(stdout, Hello(digest=detector.digest, confined=confined))
     while (request := _read(stdin, Request)) is not None:
         _limit_time(setup)
         _send(stdout, _answer(setup, detector, request))
@@ -98,7 +101,7 @@ def _open(setup: Setup) -> Detects:
 
 
 def _warm_up(setup: Setup, detector: Detects) -> None:
-    """Redact one picture of each format: later no library can open a file of its own."""
+    """Redact one picture of each format: no library can open a file of its own later, and all works without."""
     pixels = np.zeros((WARM_UP_SIDE, WARM_UP_SIDE, 3), np.uint8)
     for name in ("JPEG", "PNG", "WEBP"):
         picture = io.BytesIO()
@@ -128,9 +131,11 @@ def _limit_memory(setup: Setup) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (setup.memory_bytes, setup.memory_bytes))
 
 
-def _lock_down() -> None:
+def _lock_down() -> bool:
+    """Give up files, sockets, processes and signals; whether the kernel also took the filter."""
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    return seccomp.forbid()
 
 
 def _limit_time(setup: Setup) -> None:

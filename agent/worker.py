@@ -77,10 +77,12 @@ class RedactionWorker:
     """One worker process and its restarts. `async with` starts and ends it.
 
     `digest` is the open model's SHA-256; `error` and `detail` say why the last start failed, empty where it did not.
+    `confined` says whether the kernel filters the process's system calls.
     """
 
     def __init__(self, options: WorkerOptions) -> None:
         self.digest = ""
+        self.confined = False
         self.error = ""
         self.detail = ""
         self._options = options
@@ -164,7 +166,7 @@ class RedactionWorker:
             self.digest, self.error, self.detail = "", exc.reason, exc.detail
             log.warning("worker.start-failed", extra={"reason": exc.reason})
             raise
-        self.digest, self.error, self.detail = hello.digest, "", ""
+        self.digest, self.confined, self.error, self.detail = hello.digest, hello.confined, "", ""
 
     async def _greet(self) -> Hello:
         self._process = await asyncio.create_subprocess_exec(

@@ -1,10 +1,11 @@
 """A family of detectors for the worker process: perfect, slow, crashing, wrong, greedy. Each is made by a factory."""
 
+import ctypes
 import os
-import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,9 @@ def escapes():
         "file": lambda: Path("/etc/passwd").read_bytes(),
         "write": tempfile.mkstemp,
         "process": lambda: subprocess.run(["true"], check=True),
+        "fork": os.fork,
+        "signal": lambda: os.kill(os.getppid(), 0),
+        "thread": lambda: threading.Thread(target=int).start(),
     }
     return [replace(box()[0], label=name) for name, attempt in attempts.items() if succeeds(attempt)]
 
@@ -87,7 +91,7 @@ def escapes():
 def succeeds(attempt):
     try:
         attempt()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):
         return False
     return True
 
@@ -100,7 +104,7 @@ def refuse_to_open():
 marks = factory(Marks)
 sleeping = faulty(lambda: time.sleep(3600))
 looping = faulty(loop)
-crashing = faulty(lambda: os.kill(os.getpid(), signal.SIGSEGV))
+crashing = faulty(lambda: ctypes.string_at(0))
 exiting = faulty(lambda: os._exit(7))
 greedy = faulty(lambda: [bytearray(16 << 20) for _ in range(1000)])
 raising = faulty(fail)

@@ -15,6 +15,7 @@ import pytest
 from canary import find_mark, saved, scene
 from detectors import DIGEST, POISON
 
+from agent import seccomp
 from agent.errors import RefusedError
 from agent.inspection import InspectionLimits
 from agent.pictures import PictureLimits, RedactionOptions
@@ -177,11 +178,36 @@ async def test_what_a_library_prints_reaches_neither_the_agent_nor_its_stderr(op
     assert capfd.readouterr() == ("", "")
 
 
-async def test_decoder_that_was_taken_over_can_open_no_socket_file_or_process(options):
+async def test_decoder_that_was_taken_over_can_open_no_file_or_socket_and_touch_no_process(options):
     async with RedactionWorker(replace(options, factory="detectors:escaping")) as worker:
         done = await worker.redact(poisoned())
-    allowed = {"process": 1} if os.geteuid() == 0 else {}  # RLIMIT_NPROC does not bind root
-    assert done.counts in ({}, allowed)
+        assert worker.confined
+    assert done.counts == {}
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_filter_refuses_each_forbidden_call_allows_the_others_and_kills_another_numbering(machine):
+    steps, forbidden = seccomp.program(machine), {pair[machine == "aarch64"] for pair in seccomp.FORBIDDEN.values()}
+    for number in range(500):
+        verdict = run_filter(steps, number, seccomp.ARCHITECTURES[machine])
+        assert verdict == (seccomp.REFUSE if number in forbidden else seccomp.ALLOW)
+    assert run_filter(steps, seccomp.X32_BIT, seccomp.ARCHITECTURES[machine]) == seccomp.REFUSE
+    assert run_filter(steps, 0, 0) == seccomp.KILL
+
+
+def run_filter(steps, number: int, architecture: int) -> int:
+    """What the kernel would decide: four instructions of classic BPF."""
+    at, loaded = 0, 0
+    while True:
+        code, taken, other, operand = steps[at]
+        at += 1
+        if code == seccomp.RETURN:
+            return operand
+        if code == seccomp.LOAD:
+            loaded = {seccomp.NUMBER: number, seccomp.ARCHITECTURE: architecture}[operand]
+        else:
+            held = loaded == operand if code == seccomp.JUMP_IF_EQUAL else loaded >= operand
+            at += taken if held else other
 
 
 async def test_worker_ends_with_the_block_that_started_it(options):
