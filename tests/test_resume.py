@@ -10,6 +10,7 @@ from tools.trial import Setting, stage
 
 pytestmark = pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
 WAIT_SECONDS = 20
+READY_SECONDS = 15
 
 
 DEADLOCK = (
@@ -29,6 +30,6 @@ async def test_session_that_resumes_with_more_than_a_window_of_waiting_messages_
             sent = [client.publish("vehicle/camera/front", b"\xff\xd8\xff%d" % number, 1) for number in range(count)]
             for one in sent:
                 one.wait_for_publish(WAIT_SECONDS)
-        await running.agent.start()
+        await running.agent.start(ready_seconds=READY_SECONDS)
         status = await running.agent.until(lambda found, _pid: found["counts"]["received"] >= count, WAIT_SECONDS)
     assert status["counts"]["refused"] == count

@@ -32,7 +32,7 @@ class AgentProcess:
         self.log_path = log_path
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self) -> None:
+    async def start(self, ready_seconds: float = READY_SECONDS) -> None:
         """Start and return once every intake session is connected; raises AgentProcessError."""
         parent = shutil.which("setpriv")
         prefix = [parent, "--pdeathsig", "KILL"] if parent else []
@@ -41,7 +41,7 @@ class AgentProcess:
             self._process = await asyncio.create_subprocess_exec(
                 *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
             )
-        await self.until(_connected, READY_SECONDS)
+        await self.until(_connected, ready_seconds)
 
     async def stop(self) -> None:
         """SIGTERM, which drains; SIGKILL where it does not end in time."""
@@ -53,27 +53,15 @@ class AgentProcess:
 
     async def status(self) -> dict[str, Any]:
         """What `residency-agent status --json` prints; empty before the agent has written anything."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "agent", "status", "--json", str(self.configuration)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        output, _ = await process.communicate()
-        found: dict[str, Any] = json.loads(output) if process.returncode in OK_STATUSES and output else {}
+        code, output = await _output("status", "--json", str(self.configuration))
+        found: dict[str, Any] = json.loads(output) if code in OK_STATUSES and output else {}
         return found
 
     async def audit(self) -> tuple[bool, str]:
         """Let `residency-agent audit verify` check the ledger's chain: whether it is intact, and what it printed."""
         ledger = self.configuration.parent / "state" / "ledger.sqlite"
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "agent", "audit", "verify", str(ledger)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        output, _ = await process.communicate()
-        return process.returncode == 0, output.decode(errors="replace").strip().replace(f"{ledger}: ", "")
+        code, output = await _output("audit", "verify", str(ledger))
+        return code == 0, output.strip().replace(f"{ledger}: ", "")
 
     async def until(self, condition: Callable[[dict[str, Any], int], bool], seconds: float) -> dict[str, Any]:
         """Ask until the condition holds of the status and the process id; raises AgentProcessError after `seconds`."""
@@ -105,6 +93,23 @@ class AgentProcess:
     def _story(self, what: str) -> str:
         tail = self.log_path.read_text(errors="replace")[-2000:] if self.log_path.exists() else ""
         return f"the agent {what}; the end of {self.log_path}:\n{tail.strip()}"
+
+
+async def _output(*arguments: str) -> tuple[int, str]:
+    """Run one command of the agent to its end: exit status and standard output. Cancelling ends it."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "agent", *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+    return process.returncode or 0, output.decode(errors="replace")
 
 
 @asynccontextmanager
