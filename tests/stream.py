@@ -97,9 +97,10 @@ def _properties(message: Outgoing) -> Properties:
     return found
 
 
-def publish(port: int, messages: Iterable[Outgoing], *, protocol: int = mqtt.MQTTv5, client_id: str = "") -> None:
+def publish(port: int, messages: Iterable[Outgoing], *, protocol: int = mqtt.MQTTv5, username: str = "") -> None:
     """Publish at QoS 1 and return once every PUBACK is there."""
-    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol)
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=protocol)
+    client.username_pw_set(username or None)
     client.max_queued_messages_set(0)
     client.connect("127.0.0.1", port)
     client.loop_start()

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is n
 JPEG = b"\xff\xd8\xff\xe0" + bytes(range(256)) * 40 + b"\xff\xd9"
 TELEMETRY = (stream.TELEMETRY, stream.data_of(0))
 PICTURE = (stream.PICTURE, JPEG)
-README = Path(__file__).parent / "clients" / "backend.md"
+HERE = Path(__file__).parent
+GUIDES = (HERE.parent / "README.md", HERE / "clients" / "backend.md")
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def public_key(tmp_path):
 
 def snippet(name):
     """The code block of the backends' guide that follows this marker."""
-    text = README.read_text(encoding="utf-8")
-    return re.search(rf"<!-- snippet: {re.escape(name)} -->\n```\w+\n(.*?)```", text, re.DOTALL)[1]
+    text = next(text for text in (guide.read_text(encoding="utf-8") for guide in GUIDES) if "<!-- snippet: " in text)
+    return re.search(rf"<!-- snippet: {re.escape(name)} -->\n```\w*\n(.*?)```", text, re.DOTALL)[1]
 
 
 @needs_node
@@ -149,3 +150,20 @@ async def test_a_3_1_1_subscriber_reads_the_same_envelope():
             await asyncio.to_thread(stream.publish, broker.port, [sent])
             out, _ = await process.communicate()
     assert msgpack.unpackb(msgpack.unpackb(bytes.fromhex(out.decode().strip()))["payload"])["sequence"] == "0" * 19
+
+
+@pytest.mark.skipif(shutil.which("mosquitto_sub") is None, reason="mosquitto_sub is not installed")
+async def test_the_readmes_acl_keeps_regions_and_vehicles_apart(tmp_path):
+    acl = tmp_path / "acl"
+    acl.write_text(snippet("acl"), encoding="utf-8")
+    both, own = stream.outgoing(*PICTURE), stream.outgoing(stream.record(1), b"{}")
+    away = stream.outgoing(stream.record(2, regions=("hk",)), b"{}")
+    strange = dataclasses.replace(own, topic="cn/car-8/vehicle/telemetry/speed")
+    async with mosquitto(config_lines=(*SUBSCRIPTIONS, f"acl_file {acl}")) as broker, asyncio.timeout(SECONDS):
+        command = "mosquitto_sub", "-V", "5", "-p", broker.port, "-q", "1", "-t", "#", "-F", "%t", "-C", "2"
+        async with consumer(*command, "-u", "archive-cn") as mainland, consumer(*command, "-u", "archive-hk") as island:
+            await subscribed(broker, "#", times=2)
+            sent = [strange, both, own, away]
+            await asyncio.to_thread(stream.publish, broker.port, sent, username="car-7")
+            seen = [(await process.communicate())[0].decode().split() for process in (mainland, island)]
+    assert seen == [[both.topic, own.topic], [both.topic, away.topic]]

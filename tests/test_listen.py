@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from agent import presence
 from agent.attributes import texts
 from agent.envelope import CONTENT_TYPE, unpack
-from agent.packets import Outgoing
+from agent.packets import Outgoing, Session
 from tools.brokers import free_port, mosquitto, mosquitto_path
+from tools.listening import receiving
+from tools.listening.board import Board
 from tools.listening.files import StoreError, needed, partition, store
 from tools.listening.inbox import Arrival, Inbox, Roll, Row
 from tools.listening.judging import Expectations, Verdict, judge
@@ -347,6 +349,33 @@ async def test_a_killed_listener_loses_nothing_and_stores_nothing_twice(keys, tm
     assert figures["regions"]["cn"]["missing"] == 0
     ids = [line["id"] for line in _stored(out)]
     assert len(ids) == len(set(ids)) == len(records)
+
+
+@needs_mosquitto
+async def test_a_backlog_larger_than_the_queue_does_not_keep_a_listener_from_subscribing(monkeypatch):
+    monkeypatch.setattr(receiving, "BATCH", 2)  # also the length of the queue in front of the SUBACK
+    records = [stream.record(number) for number in range(40)]
+    async with mosquitto() as broker, asyncio.timeout(SECONDS):
+        session = Session(
+            host=broker.host,
+            port=broker.port,
+            client_id="a",
+            clean_start=False,
+            session_expiry_s=60,
+            receive_maximum=40,
+        )
+        options = receiving.Options(session=session, filters=("+/+/#",), expectations=HERE, consumer="a", idle_s=0)
+        await _received(options)
+        await asyncio.to_thread(stream.publish, broker.port, [stream.outgoing(one, b"{}") for one in records])
+        board = await _received(dataclasses.replace(options, idle_s=None, count=len(records)))
+    assert board.good == len(records)
+
+
+async def _received(options):
+    board, inbox = Board(started=0.0), Inbox(None, "a")
+    await receiving.Listener(options=options, inbox=inbox, board=board).run_loop()
+    inbox.close()
+    return board
 
 
 @needs_mosquitto

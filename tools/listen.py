@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return asyncio.run(_listen(arguments))
     except (AgentError, sqlite3.Error, OSError, ValueError) as exc:
-        print(f"residency-tools listen: {exc}", file=sys.stderr)
+        print(f"residency-tools listen: {str(exc) or type(exc).__name__}", file=sys.stderr)
         return 2
 
 

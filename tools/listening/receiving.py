@@ -95,19 +95,34 @@ class Listener:
         self._roll_all()
 
     async def _serve(self, connection: Connection) -> None:
+        """Serve one connection. Records of a kept session come before the SUBACK, so they are read meanwhile."""
         await connection.open()
-        await connection.subscribe(self.options.filters)
+        subscribing = asyncio.create_task(self._subscribe(connection), name="subscribe")
+        try:
+            while not self._over():
+                self._take(connection, await self._batch(connection))
+                if subscribing.done():
+                    subscribing.result()
+                self._roll_if_due()
+                self._show_if_due()
+        finally:
+            subscribing.cancel()
+
+    async def _subscribe(self, connection: Connection) -> None:
+        try:
+            await connection.subscribe(self.options.filters)
+        except TimeoutError as exc:
+            message = "no SUBACK in time"
+            raise EndpointError(message) from exc
         self.board.connected = True
         self._heard = time.monotonic()
-        while not self._over():
-            batch = await self._batch(connection)
-            if batch:
-                self._heard = time.monotonic()
-                self._keep(batch)
-                for delivery in batch:
-                    connection.ack(delivery)
-            self._roll_if_due()
-            self._show_if_due()
+
+    def _take(self, connection: Connection, batch: list[Delivery]) -> None:
+        if batch:
+            self._keep(batch)
+            for delivery in batch:
+                connection.ack(delivery)
+            self._heard = time.monotonic()
 
     async def _batch(self, connection: Connection) -> list[Delivery]:
         """What arrives until the batch is full or a gap follows; empty after a tick of silence."""
