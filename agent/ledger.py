@@ -58,11 +58,10 @@ class Ledger:
     def __init__(self, path: Path, limits: LedgerLimits, seal: Callable[[bytes], bytes] | None) -> None:
         self._path = path
         self._limits = limits
-        self._sign = seal
+        self._sealer = upkeep.Sealer(path, seal, limits.seal_seconds)
         self._blobs = Blobs(beside(path, ".files"))
         self._reserve = Reserve(path, limits.reserve_bytes)
         self._lock = lock(path)
-        self._sealed = 0
         try:
             opened = connect(path, limits.journal_bytes, self._load)
         except BaseException:
@@ -88,18 +87,21 @@ class Ledger:
         with translated(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             ledger = Ledger(path, limits, seal)
-            ledger._recover()
+            try:
+                ledger._recover()
+            except BaseException:
+                ledger._release()
+                raise
             return ledger
 
     def _recover(self) -> None:
         """Carry over what can be read of damaged files; notice that the journal lost what the seal remembers."""
         if self._aside is not None:
             self.incidents += (salvage(self._aside, self._transaction),)
-        seal = upkeep.read_seal(self._path)
-        if seal is not None and seal.head.n > self._books.head.n:
-            what = f"sealed at {seal.head.n} {seal.head.digest.hex()}, found {self._books.head.n}"
-            self.incidents += (f"{self._path.name} is older than its seal: {what}",)
-            self.commit([Noted(name="audit.rollback", value=what, time_ns=time.time_ns())])
+        problem, remembered = self._sealer.compare(self._books.head)
+        self.incidents += (problem,) if problem else ()
+        if remembered:
+            self.commit([Noted(name="audit.rollback", value=remembered, time_ns=time.time_ns())])
         self._reserve.take()
 
     def commit(self, entries: Sequence[Entry]) -> None:
@@ -254,16 +256,12 @@ class Ledger:
         with translated(self._path):
             upkeep.remove_strays(self._connection, self._blobs)
             freed = upkeep.give_space_back(self._connection, self._path)
-            self._seal()
-        self._reserve.take()
+            self._reserve.take()
+            self._sealer.seal(self._books.head, now=False)
         after = self.counts()
         expired, evicted = after.expired - before.expired, after.evicted - before.evicted
-        return SweepResult(
-            expired=expired,
-            evicted=evicted,
-            freed_bytes=freed,
-            more=expired >= SWEEP_RECORDS or evicted >= retention.EVICT_RECORDS,
-        )
+        more = expired >= SWEEP_RECORDS or evicted >= retention.EVICT_RECORDS
+        return SweepResult(expired=expired, evicted=evicted, freed_bytes=freed, more=more)
 
     def _end_old(self, now: retention.Moment | None) -> None:
         time_ns = time.time_ns() if now is None else now.time_ns
@@ -271,21 +269,21 @@ class Ledger:
             if now is not None:
                 retention.expire(self._connection, transaction, now, SWEEP_RECORDS)
             retention.make_room(self._connection, transaction, self._limits, time_ns)
-            upkeep.prune_audit(self._connection, transaction, self._books, self._limits.audit_bytes, time_ns)
-
-    def _seal(self) -> None:
-        if self._books.head.n != self._sealed:
-            upkeep.write_seal(self._path, self._books.head, time.time_ns(), self._sign)
-            self._sealed = self._books.head.n
+            drop = upkeep.droppable_audit(self._connection, self._books, self._limits.audit_bytes, self._sealer.sealed)
+            if drop is not None:
+                transaction.drop_audit(*drop, time_ns)
 
     def close(self) -> None:
         """Seal the audit chain and close the files; the ledger is not used afterwards."""
         try:
             with contextlib.suppress(LedgerStalledError), translated(self._path):
-                self._seal()
-            self._connection.close()
+                self._sealer.seal(self._books.head, now=True)
         finally:
-            os.close(self._lock)
+            self._release()
+
+    def _release(self) -> None:
+        self._connection.close()
+        os.close(self._lock)
 
     @staticmethod
     def read_counts(path: Path) -> Counts:

@@ -47,7 +47,7 @@ def delivered(number, endpoint="cn", code=0):
 
 
 def opened(path: Path, **limits) -> Ledger:
-    return Ledger.open(path, LedgerLimits(**{"reserve_bytes": 65536} | limits))
+    return Ledger.open(path, LedgerLimits(**{"reserve_bytes": 65536, "seal_seconds": 0.0} | limits))
 
 
 def in_memory() -> Path:

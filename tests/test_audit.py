@@ -139,7 +139,7 @@ def tampered(path, statement, *values):
     connection.close()
 
 
-def written(path, *, key=None, rows=20, limits=LedgerLimits(reserve_bytes=0)):  # noqa: B008 - a frozen value
+def written(path, *, key=None, rows=20, limits=LedgerLimits(reserve_bytes=0, seal_seconds=0)):  # noqa: B008 - a frozen value
     ledger = Ledger.open(path, limits, seal=key.sign if key else None)
     for n in range(rows):
         ledger.commit([store(n)])
@@ -147,7 +147,7 @@ def written(path, *, key=None, rows=20, limits=LedgerLimits(reserve_bytes=0)):  
 
 
 def test_rows_say_what_was_decided_and_done_and_nothing_of_the_content(path):
-    ledger = Ledger.open(path, LedgerLimits(reserve_bytes=0))
+    ledger = Ledger.open(path, LedgerLimits(reserve_bytes=0, seal_seconds=0))
     redaction = Redaction(counts={"person": 2, "plate": 1}, model_digest=MODEL)
     held = Store(record=record(2, route=(), regions=("cn", "hk")), reason="position.unknown")
     ledger.commit([Store(record=record(1, route=("a", "b")), redaction=redaction), held])
@@ -189,7 +189,7 @@ def test_exported_rows_can_be_verified_without_the_agent(path):
 def test_chain_goes_on_over_restarts_and_is_sealed_at_each_sweep_and_end(path):
     written(path)
     written(path.with_name("other.db"))
-    ledger = Ledger.open(path, LedgerLimits(reserve_bytes=0))
+    ledger = Ledger.open(path, LedgerLimits(reserve_bytes=0, seal_seconds=0))
     ledger.commit([delivered(n) for n in range(5)])
     assert verify_file(path).intact
     assert verify_file(path).sealed == 20
@@ -229,7 +229,7 @@ def test_agent_goes_on_after_tampering_and_the_break_stays_visible(path):
     written(path)
     tampered(path, "DELETE FROM audit WHERE first > 15")
     written(path, rows=0)
-    ledger = Ledger.open(path, LedgerLimits(reserve_bytes=0))
+    ledger = Ledger.open(path, LedgerLimits(reserve_bytes=0, seal_seconds=0))
     ledger.commit([delivered(1)])
     ledger.close()
     assert not verify_file(path).intact
@@ -250,7 +250,7 @@ def test_signed_seal_cannot_be_made_without_the_key(path):
 
 
 def test_log_is_bounded_by_size_and_still_verifies(path):
-    limits = LedgerLimits(reserve_bytes=0, audit_bytes=20_000)
+    limits = LedgerLimits(reserve_bytes=0, seal_seconds=0, audit_bytes=20_000)
     ledger = Ledger.open(path, limits)
     for n in range(400):
         ledger.commit([store(n)])
@@ -269,7 +269,7 @@ def test_log_is_bounded_by_size_and_still_verifies(path):
 
 
 def test_expired_and_evicted_records_are_audited(path):
-    ledger = Ledger.open(path, LedgerLimits(reserve_bytes=0, lane_bytes=3 * 612))
+    ledger = Ledger.open(path, LedgerLimits(reserve_bytes=0, seal_seconds=0, lane_bytes=3 * 612))
     ledger.commit([store(n, ttl=10) for n in range(4)])
     ledger.sweep(NOW + 60 * SECOND)
     ledger.close()

@@ -1,5 +1,6 @@
 """Damaged files, full and failing disks, other releases' files: the ledger opens, loses nothing else and goes on."""
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -17,6 +18,7 @@ from faultdisk import FaultDisk
 from ledger_samples import NOW, SECOND, delivered, in_memory, numbers, opened, record, refused, store
 
 from agent.audit_cli import verify
+from agent.committer import CommitOptions, Committer
 from agent.entries import IntakeKey, Noted, Rejected
 from agent.errors import LedgerCorruptError, LedgerError, LedgerStalledError
 from agent.ledger import Ledger
@@ -304,6 +306,83 @@ def test_full_disk_takes_no_record_but_lets_deliveries_and_expiry_through(path):
         assert path.with_name("ledger.db.reserve").stat().st_size == 400_000
         ledger.close()
     assert verify(path).intact
+
+
+def test_ledger_opens_on_a_full_disk_and_is_emptied_by_deliveries(path):
+    disk = FaultDisk()
+    with disk.mounted():
+        small = SmallDisk(path.parent, 1_500_000)
+        disk.fails = small
+        ledger = opened(path, reserve_bytes=400_000, journal_bytes=100_000, inline_bytes=3000)
+        stored = until_stalled(ledger)
+        ledger.close()
+        small.capacity = small.used()
+        ledger = opened(path, reserve_bytes=400_000, journal_bytes=100_000, inline_bytes=3000)
+        assert ledger.incidents == ()
+        for n in stored:
+            ledger.commit([delivered(n)])
+        assert ledger.counts().delivered == len(stored)
+        assert ledger.counts().conserved
+        ledger.close()
+
+
+async def test_stores_that_waited_for_a_full_disk_go_through_when_deliveries_have_made_room(path):
+    disk = FaultDisk()
+    with disk.mounted():
+        ledger = opened(path, reserve_bytes=400_000, journal_bytes=100_000, inline_bytes=3000)
+        disk.fails = SmallDisk(path.parent, 1_500_000)
+        stored = until_stalled(ledger)
+        async with Committer(ledger, CommitOptions(max_delay_s=0.001, retry_s=0.01)) as committer:
+            waiting = [asyncio.create_task(committer.submit(store(5000 + n, size=2500))) for n in range(40)]
+            while committer.stalled is None:  # noqa: ASYNC110 - nothing announces a stall
+                await asyncio.sleep(0)
+            assert not any(task.done() for task in waiting)
+            await asyncio.gather(*(committer.submit(delivered(n)) for n in stored))
+            await committer.sweep(NOW)
+            await asyncio.gather(*waiting)
+            assert committer.stalled is None
+        assert numbers(ledger.pending("cn", limit=100)) == list(range(5000, 5040))
+        assert ledger.counts().conserved
+        ledger.close()
+
+
+def test_bit_that_flips_inside_a_small_record_costs_that_record_only(path):
+    filled(path)
+    content = path.read_bytes()
+    overwrite(path, content.index(bytes([33]) * 300) + 100, b"x")
+    ledger = opened(path)
+    assert ledger.incidents == ()
+    found = numbers(ledger.pending("cn", limit=1000))
+    assert 33 not in found
+    assert 32 in found
+    assert 34 in found
+    assert ledger.counts().breakdown["evicted"]["reason"] == {"ledger.damaged": 1}
+    assert ledger.counts().conserved
+    ledger.close()
+
+
+def test_unreadable_seal_is_reported_and_no_reason_not_to_start(path):
+    filled(path)
+    path.with_name("ledger.db.seal").write_bytes(garbage(100))
+    ledger = opened(path)
+    assert "seal is not readable" in ledger.incidents[0]
+    ledger.commit([store(5000)])
+    ledger.close()
+    assert opened_again_without_incident(path)
+
+
+def test_ledger_that_could_not_be_opened_does_not_stay_locked(path):
+    filled(path)
+    disk = FaultDisk()
+    with disk.mounted():
+        path.with_name("ledger.db.seal").write_text('{"hash":"00","n":99999,"signature":"","time_ns":0}')
+        disk.fails = lambda *_: errno.EIO
+        with pytest.raises(LedgerStalledError):
+            opened(path)
+        disk.fails = None
+        ledger = opened(path)
+        assert "older than its seal" in ledger.incidents[0]
+        ledger.close()
 
 
 def test_failed_sync_acknowledges_nothing_and_the_next_one_works(path):
