@@ -6,8 +6,11 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import sys
+import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ examples:
   residency-agent run /etc/residency-agent/agent.toml
   residency-agent status --json /etc/residency-agent/agent.toml
   residency-agent explain agent.toml --topic vehicle/gnss --at 22.5431,114.0579,10
+  residency-agent explain agent.toml --topic vehicle/gnss --time 2026-11-23T10:00:30Z \
+      --at 22.5431,114.0579,10,2026-11-23T10:00:00Z --at 22.5160,114.0680,10,2026-11-23T10:01:00Z
 """
 
 
@@ -83,8 +88,16 @@ def _parser() -> argparse.ArgumentParser:
     show = add("status", _status, "counters, connections and model of a running or stopped agent")
     show.add_argument("--json", action="store_true", help="everything, for programs")
     explain = add("explain", _explain, "say step by step what would happen to a message")
-    explain.add_argument("--topic", required=True)
-    explain.add_argument("--at", type=_place, metavar="LAT,LON,ACCURACY_M", help="without it: no fix")
+    explain.add_argument("--topic", required=True, type=_topic)
+    explain.add_argument(
+        "--at",
+        type=_place,
+        action="append",
+        default=[],
+        metavar="LAT,LON,ACCURACY_M[,TIME]",
+        help="a fix, and when it was (RFC 3339; else at --time); may be repeated; without any: no fix",
+    )
+    explain.add_argument("--time", type=_time, help="when the message was captured (RFC 3339; else now)")
     add("egress-rules", _egress_rules, "print a systemd drop-in that allows the policy's networks and nothing else")
     add("doctor", _doctor, "try brokers, TLS, clock, disk and model, and say what to do about each failure")
     reference = commands_.add_parser("reference", help="print every key of both files as Markdown")
@@ -117,16 +130,41 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    print(commands.explain(assembly.load(arguments.config), arguments.topic, arguments.at))
+    from agent import explain  # noqa: PLC0415 - as in `_run`
+
+    time_ns = time.time_ns() if arguments.time is None else arguments.time
+    question = explain.Question(topic=arguments.topic, places=tuple(arguments.at), time_ns=time_ns)
+    print(explain.explain(assembly.load(arguments.config), question))
     return 0
 
 
+def _topic(text: str) -> str:
+    if not text or "+" in text or "#" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: the name of one topic, without + and #")
+    return text
+
+
 def _place(text: str) -> Place:
+    numbers, *moment = text.rsplit(",", 1) if text.count(",") == 3 else [text]
     try:
-        latitude, longitude, accuracy_m = (float(part) for part in text.split(","))
+        latitude, longitude, accuracy_m = (float(part) for part in numbers.split(","))
     except ValueError as exc:
         raise argparse.ArgumentTypeError(f"{text!r}: three numbers, as in 22.5431,114.0579,10") from exc
-    return Place(latitude=latitude, longitude=longitude, accuracy_m=accuracy_m)
+    if not (abs(latitude) <= 90 and abs(longitude) <= 180 and 0 < accuracy_m < math.inf):
+        raise argparse.ArgumentTypeError(f"{text!r}: no position on Earth with an accuracy above 0 m")
+    time_ns = _time(moment[0]) if moment else None
+    return Place(latitude=latitude, longitude=longitude, accuracy_m=accuracy_m, time_ns=time_ns)
+
+
+def _time(text: str) -> int:
+    """Unix nanoseconds."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r}: a time, as in 2026-11-23T10:00:00Z") from exc
+    if moment.tzinfo is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: a time with its zone, as in 2026-11-23T10:00:00Z")
+    return round(moment.timestamp() * 10**6) * 1000
 
 
 def _egress_rules(arguments: argparse.Namespace) -> int:

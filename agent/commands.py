@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from agent import typed
 from agent.assembly import Setup
 from agent.config import AgentConfig
-from agent.messages import Basis, Hold, Publish, Refuse, Whereabouts
 from agent.policy_config import PolicyConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A position that a person asks about."""
+    """A fix that a person asks about; without a time it is as old as the message."""
 
     latitude: float
     longitude: float
     accuracy_m: float
+    time_ns: int | None = None
 
 
 def check(setup: Setup) -> str:
@@ -47,51 +47,6 @@ def _warnings(setup: Setup) -> Iterator[str]:
         data_class.registration_bound for data_class in setup.policy.config.classes.values()
     ):
         yield "vehicle.registration is empty: classes that are bound to it may go nowhere"
-
-
-def explain(setup: Setup, topic: str, place: Place | None) -> str:
-    """Which rule, class, candidates, permitted endpoints and decision a message would meet, step by step."""
-    policy, vehicle = setup.policy, setup.config.vehicle
-    rule = policy.rule_for(topic)
-    if rule is None:
-        return f"topic       {topic}\nrule        none matches\ndecision    refuse: policy.no-rule"
-    lines = [f"topic       {topic}", f"rule        {rule.topic} -> {rule.action}, class {rule.data_class or '-'}"]
-    if rule.action == "refuse":
-        return "\n".join([*lines, "decision    refuse: policy.refused"])
-    whereabouts, steps = _whereabouts(setup, rule.basis, place)
-    lines += steps
-    lines.append(f"candidates  {', '.join(whereabouts.regions)} ({whereabouts.basis})")
-    bound = policy.bound(rule.data_class, whereabouts, vehicle.registration)
-    for region in bound:
-        endpoints = " ".join(policy.permitted((region,), rule.data_class)) or "nothing"
-        lines.append(f"permitted   by {region}: {endpoints}")
-    lines.append(f"by all      {' '.join(policy.permitted(bound, rule.data_class)) or 'nothing'}")
-    match policy.decide(rule.data_class, whereabouts, vehicle.registration):
-        case Publish(endpoints=endpoints):
-            lines.append(f"decision    publish to {endpoints[0]}" + "".join(f", else {name}" for name in endpoints[1:]))
-        case Hold(reason=reason):
-            hold_s = policy.data_class(rule.data_class).hold_s
-            lines.append(f"decision    hold: {reason}; expires after {hold_s:g} s")
-        case Refuse(reason=reason):
-            lines.append(f"decision    refuse: {reason}")
-    return "\n".join(lines)
-
-
-def _whereabouts(setup: Setup, basis: str, place: Place | None) -> tuple[Whereabouts, list[str]]:
-    policy, vehicle = setup.policy, setup.config.vehicle
-    if basis == "registration":
-        regions = policy.regions_of([vehicle.registration] if vehicle.registration else [])
-        return Whereabouts(regions=regions, basis=Basis.REGISTRATION), []
-    if vehicle.fixed_country:
-        return Whereabouts(regions=policy.regions_of([vehicle.fixed_country]), basis=Basis.FIXED), []
-    if place is None:
-        return Whereabouts(regions=policy.everywhere), ["position    none: every region is a candidate"]
-    countries = setup.borders().countries_near(place.latitude, place.longitude, place.accuracy_m)
-    steps = [
-        f"position    {place.latitude}, {place.longitude} within {place.accuracy_m:g} m",
-        f"countries   {', '.join(sorted(countries))}",
-    ]
-    return Whereabouts(regions=policy.regions_of(countries)), steps
 
 
 def reference() -> str:
