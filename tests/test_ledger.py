@@ -297,6 +297,16 @@ def test_whole_spool_keeps_its_limit_in_every_committed_state(path):
     ledger.close()
 
 
+@pytest.mark.parametrize("limit", ["lane_bytes", "total_bytes"])
+def test_limit_that_is_reached_exactly_evicts_nothing(path, limit):
+    ledger = opened(path, **{limit: 3 * (100 + 512)})
+    ledger.commit([store(1), store(2), store(3)])
+    assert ledger.counts().evicted == 0
+    ledger.commit([store(4, size=1)])
+    assert numbers(ledger.pending("cn", limit=10)) == [2, 3, 4]
+    ledger.close()
+
+
 def test_record_that_can_never_fit_evicts_itself_only(path):
     ledger = opened(path, lane_bytes=10_000)
     ledger.commit([store(1, priority=Priority.BULK), store(2, size=20_000, priority=Priority.URGENT)])
@@ -308,8 +318,9 @@ def test_record_that_can_never_fit_evicts_itself_only(path):
 def test_records_expire_at_their_time_and_not_while_the_clock_is_not_trusted(ledger):
     ledger.commit([store(1, ttl=10), store(2, ttl=20), store(3, ttl=10, route=())])
     assert ledger.sweep(None).expired == 0
-    assert ledger.sweep(NOW + 9 * SECOND).expired == 0
-    assert ledger.sweep(NOW + 15 * SECOND).expired == 2
+    assert ledger.sweep(NOW + 10 * SECOND).expired == 0
+    assert ledger.sweep(NOW + 10 * SECOND + 1).expired == 1
+    assert ledger.sweep(NOW + 15 * SECOND).expired == 1
     assert numbers(ledger.pending("cn", limit=10)) == [2]
     assert ledger.counts().breakdown["expired"]["reason"] == {"ledger.ttl": 2}
     assert ledger.counts().conserved
