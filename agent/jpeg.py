@@ -18,6 +18,7 @@ FRAMES = {0xC0: False, 0xC1: False, 0xC2: True}  # baseline, extended, progressi
 DROPPED = frozenset({*range(0xE0, 0xF0), 0xFE})  # APPn and COM
 CARRIED = frozenset({DQT, DHT, DRI})
 QUARTER_CHROMA = ((2, 2), (1, 1), (1, 1))  # 4:2:0
+HALF_CHROMA = ((2, 1), (1, 1), (1, 1))  # 4:2:2
 MAX_SCANS = 100  # an encoder writes about 10; thousands are an attack on the decoder's time
 JFIF_BODY = b"JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"  # version 1.1, square pixels, no thumbnail
 ADOBE_BODY = b"Adobe\x00\x64\x00\x00\x00\x00"  # version 100, flags 0; the transform byte follows
@@ -190,9 +191,9 @@ def _block(walk: _Walk) -> tuple[int, int]:
 
 
 def _bleed(walk: _Walk) -> int:
-    """Return by how many pixels chroma is smoothed: one, but none where it is read as stored (or not subsampled)."""
-    sampling = [(h, v) for _, h, v, _ in walk.components]
-    return int(len(set(sampling)) > 1 and tuple(sampling) != QUARTER_CHROMA)
+    """Return how far decoded chroma reaches: one sample of two pixels, none where it is read as stored."""
+    sampling = tuple((h, v) for _, h, v, _ in walk.components)
+    return 2 if len(set(sampling)) > 1 and sampling != QUARTER_CHROMA else 0
 
 
 def _header(walk: _Walk) -> Header:

@@ -141,6 +141,8 @@ def _samples(header: Header) -> tuple[Pixels, str]:
         pixels = np.array(flat).reshape(header.height, header.width, *SAMPLES[flat.mode])
     if header.sampling == jpeg.QUARTER_CHROMA and min(header.width, header.height) > 1:
         pixels[..., 1:] = _stored_chroma(header)
+    elif header.sampling == jpeg.HALF_CHROMA:
+        pixels[..., 1:] = _unsmoothed_chroma(pixels[..., 1:])
     return pixels, flat.mode
 
 
@@ -155,6 +157,21 @@ def _stored_chroma(header: Header) -> Pixels:
         half.load()
         chroma = np.asarray(half)[..., 1:]
     return chroma.repeat(2, axis=0).repeat(2, axis=1)[: header.height, : header.width]
+
+
+def _unsmoothed_chroma(smooth: Pixels) -> Pixels:
+    """Return the stored chroma (H, W, 2) of a 4:2:2 JPEG from the decoded one, within its rounding.
+
+    The decoder makes of samples c the pixels (3 c[i] + c[i-1]) / 4 and (3 c[i] + c[i+1]) / 4 (libjpeg's "fancy"
+    upsampling). Each pair of pixels that share two samples gives either; a sample is the mean of its two values.
+    """
+    width = smooth.shape[1]
+    even, odd = smooth[:, 0::2].astype(np.int16), smooth[:, 1::2].astype(np.int16)
+    odd = odd if width % 2 == 0 else np.concatenate([odd, even[:, -1:]], axis=1)
+    before = np.concatenate([even[:, :1], odd[:, :-1]], axis=1)
+    after = np.concatenate([even[:, 1:], odd[:, -1:]], axis=1)
+    samples: Pixels = ((3 * (even + odd) - before - after + 2) // 4).clip(0, 255).astype(np.uint8)
+    return samples.repeat(2, axis=1)[:, :width]
 
 
 def _flatten(image: Image.Image) -> Image.Image:

@@ -105,9 +105,10 @@ def read_back(height: int, fill: Fill, kind: str, plates: int) -> float:
 
 
 def output(plate: Plate, text: str, kind: str, **coding: object) -> bytes:
-    """The published bytes of a noiseless photograph: the best case for the attacker."""
-    source = io.BytesIO()
-    Image.fromarray(plate.picture(text)).save(source, kind, **coding)
+    """The published bytes of a noiseless photograph, blue on yellow: the best case for the attacker."""
+    source, pixels = io.BytesIO(), plate.picture(text)
+    pixels[..., 2] = 255 - pixels[..., 2]
+    Image.fromarray(pixels).save(source, kind, **coding)
     options = RedactionOptions(margins={})
     return redact_picture(source.getvalue(), lambda _: [plate.box()], options, LIMITS)[0]
 
@@ -120,6 +121,7 @@ def output(plate: Plate, text: str, kind: str, **coding: object) -> bytes:
         ("WEBP", {"lossless": True}),
         ("JPEG", {"quality": 85}),
         ("JPEG", {"quality": 50, "subsampling": 1}),
+        ("JPEG", {"quality": 95, "subsampling": 1}),
         ("JPEG", {"quality": 95, "subsampling": 0}),
         ("JPEG", {"quality": 75, "progressive": True}),
     ],
