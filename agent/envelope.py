@@ -23,7 +23,7 @@ import dataclasses
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import msgpack  # type: ignore[import-untyped]  # it ships no annotations
 from cryptography.exceptions import InvalidSignature
@@ -38,13 +38,11 @@ __all__ = [
     "PAYLOAD_TYPE",
     "Attributes",
     "Envelope",
-    "Publication",
     "Signature",
     "Signer",
     "from_binary",
     "pack",
     "properties",
-    "publication",
     "received",
     "repack",
     "traceparent_or_none",
@@ -70,15 +68,6 @@ class Envelope:
     def keyid(self) -> str | None:
         """Which key is said to have signed; None = unsigned."""
         return self.signature.keyid if self.signature else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
-    """What goes into a PUBLISH; Content Type and user properties need MQTT 5."""
-
-    payload: bytes
-    content_type: str
-    user_properties: list[tuple[str, str]]
 
 
 def pack(attributes: Attributes, data: bytes, signer: Signer | None) -> bytes:
@@ -140,19 +129,6 @@ def properties(attributes: Attributes, signature: Signature | None = None) -> li
     if signature is None:
         return pairs
     return [*pairs, ("keyid", signature.keyid), ("signature", base64.b64encode(signature.sig).decode())]
-
-
-def publication(packed: bytes, mode: Literal["msgpack", "binary"]) -> Publication:
-    """Give a packed record in either wire mode; no key is needed, for both carry the same signed event."""
-    envelope = unpack(packed)
-    if mode == "msgpack":
-        pairs = properties(envelope.attributes)
-        return Publication(payload=packed, content_type=CONTENT_TYPE, user_properties=pairs)
-    return Publication(
-        payload=envelope.data,
-        content_type=envelope.attributes.datacontenttype,
-        user_properties=properties(envelope.attributes, envelope.signature),
-    )
 
 
 def received(

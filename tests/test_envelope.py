@@ -21,7 +21,6 @@ from agent.envelope import (
     from_binary,
     pack,
     properties,
-    publication,
     received,
     repack,
     unpack,
@@ -29,6 +28,7 @@ from agent.envelope import (
 )
 from agent.errors import EnvelopeError
 from agent.messages import Basis
+from agent.packets import Outgoing
 from agent.signing import Signature, key_id_of, pre_authentication_encoding, public_key, public_keys
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -83,6 +83,17 @@ attributes = st.builds(
 datas = st.binary(max_size=300) | st.sampled_from((255, 256, 65_535, 65_536)).map(bytes)
 
 
+def _published(packed, mode):
+    """What the uplink gives the client for a stored record."""
+    opened = unpack(packed)
+    if mode == "msgpack":
+        return Outgoing(
+            topic="t", payload=packed, content_type=wire.CONTENT_TYPE, properties=properties(opened.attributes)
+        )
+    pairs = properties(opened.attributes, opened.signature)
+    return Outgoing(topic="t", payload=opened.data, content_type=opened.attributes.datacontenttype, properties=pairs)
+
+
 @given(attributes, datas, st.sampled_from((None, SIGNER)))
 def test_a_packed_record_unpacks_to_itself(given_attributes, data, signer):
     envelope = unpack(pack(given_attributes, data, signer))
@@ -104,10 +115,10 @@ def test_binary_mode_carries_the_same_signed_event(given_attributes, data):
 @pytest.mark.parametrize("mode", ["msgpack", "binary"])
 def test_a_stored_record_is_published_and_read_in_either_mode_without_the_key(mode):
     packed = pack(PICTURE, b"picture", SIGNER)
-    sent = publication(packed, mode)
-    envelope = received(sent.payload, sent.content_type, sent.user_properties)
+    sent = _published(packed, mode)
+    envelope = received(sent.payload, sent.content_type, sent.properties)
     assert envelope == unpack(packed)
-    assert ("datacontenttype" in dict(sent.user_properties), "signature" in dict(sent.user_properties)) == (
+    assert ("datacontenttype" in dict(sent.properties), "signature" in dict(sent.properties)) == (
         False,
         mode == "binary",
     )
@@ -118,19 +129,19 @@ def test_an_envelope_is_read_without_any_property_of_mqtt_5():
 
 
 def test_a_routing_property_that_contradicts_the_envelope_is_refused():
-    sent = publication(pack(PICTURE, b"d", SIGNER), "msgpack")
-    traced = [(name, "other" if name == "traceparent" else text) for name, text in sent.user_properties]
+    sent = _published(pack(PICTURE, b"d", SIGNER), "msgpack")
+    traced = [(name, "other" if name == "traceparent" else text) for name, text in sent.properties]
     assert received(sent.payload, sent.content_type, [*traced, ("hop", "1")]).attributes == PICTURE
-    moved = [(name, "us" if name == "dataregion" else text) for name, text in sent.user_properties]
+    moved = [(name, "us" if name == "dataregion" else text) for name, text in sent.properties]
     with pytest.raises(EnvelopeError, match="dataregion"):
         received(sent.payload, sent.content_type, moved)
 
 
 def test_a_record_over_the_limit_is_refused_in_either_mode():
     for mode in ("msgpack", "binary"):
-        sent = publication(pack(SAMPLE, bytes(5000), SIGNER), mode)
+        sent = _published(pack(SAMPLE, bytes(5000), SIGNER), mode)
         with pytest.raises(EnvelopeError, match="limit"):
-            received(sent.payload, sent.content_type, sent.user_properties, max_bytes=4999)
+            received(sent.payload, sent.content_type, sent.properties, max_bytes=4999)
 
 
 @given(st.data())

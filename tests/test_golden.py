@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.attributes import from_texts, texts
-from agent.envelope import PAYLOAD_TYPE, Signer, from_binary, pack, publication, unpack, verify
+from agent.envelope import PAYLOAD_TYPE, Signer, from_binary, pack, properties, unpack, verify
 from agent.errors import EnvelopeError
 from agent.signing import public_keys
 
@@ -34,9 +34,10 @@ def test_the_agent_still_writes_these_bytes(record):
     data = base64.b64decode(record["data"])
     packed = pack(from_texts(record["attributes"]), data, SIGNER if record["signed"] else None)
     assert packed == _bytes(record)
-    binary = publication(packed, "binary")
-    assert binary.content_type == record["binary"]["contentType"]
-    assert [list(pair) for pair in binary.user_properties] == record["binary"]["userProperties"]
+    opened = unpack(packed)
+    assert opened.attributes.datacontenttype == record["binary"]["contentType"]
+    pairs = properties(opened.attributes, opened.signature)
+    assert [list(pair) for pair in pairs] == record["binary"]["userProperties"]
 
 
 @records
