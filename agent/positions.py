@@ -97,7 +97,8 @@ class PositionHistory:
     def _discs_of_one(self, track: Track, around: tuple[Sighting, ...], capture: Capture) -> tuple[Disc, ...]:
         """The discs from before and after, each on its own, when no other track contradicts."""
         discs = tuple(self._discs(around, capture))
-        if track.weight(*self._window(capture)) < self._limits.confirmations:
+        enough = self._limits.confirmations
+        if track.weight(*self._window(capture), enough) < enough:
             return ()
         return discs if around[0].agrees(around[-1], self._limits.max_speed_mps) else _disc_around(discs)
 
@@ -137,8 +138,11 @@ class PositionHistory:
     def _hypotheses(self, capture: Capture) -> list[Track]:
         """The tracks with a fix near enough to the capture that are not outvoted."""
         window = self._window(capture)
-        speaking = (track for track in self._tracks if track.speaks_for(capture.monotonic_ns - capture.doubt_ns))
-        weights = [(track, weight) for track in speaking if (weight := track.weight(*window))]
+        begin = capture.monotonic_ns - capture.doubt_ns
+        speaking = [track for track in self._tracks if track.speaks_for(begin) and track.weight(*window, 1)]
+        if len(speaking) < 2:
+            return speaking
+        weights = [(track, track.weight(*window)) for track in speaking]
         return [track for track, weight in weights if not self._outvoted(track, weight, weights)]
 
     def _window(self, capture: Capture) -> tuple[int, int]:

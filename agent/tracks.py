@@ -71,9 +71,12 @@ class Track:
         """Add in order; equal moments keep the order of arrival."""
         self._sightings.insert(bisect_right(self._sightings, sighting.monotonic_ns, key=_moment), sighting)
 
-    def weight(self, start_ns: int, end_ns: int) -> int:
-        """Fixes between two moments, both included."""
-        return sum(s.weight for s in self._sightings[self._from(start_ns) : self._after(end_ns)])
+    def weight(self, start_ns: int, end_ns: int, enough: int | None = None) -> int:
+        """Fixes between two moments, both included; where `enough` is given, it may stop counting there."""
+        first, last = self._from(start_ns), self._after(end_ns)
+        if enough is not None and last - first >= enough:
+            return last - first
+        return sum(s.weight for s in self._sightings[first:last])
 
     def around(self, moment_ns: int, doubt_ns: int, age_ns: int, speed_mps: float) -> tuple[Sighting, ...]:
         """The sighting that says most about the moment from before it, and from after it: none, one or two."""
