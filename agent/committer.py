@@ -24,6 +24,7 @@ from agent.errors import LedgerCorruptError, LedgerEntryError, LedgerError, Ledg
 from agent.ledger import Ledger
 
 ENTRY_BYTES = 256  # what an entry without an envelope counts
+QUIET_SHARE = 5  # when nobody came for this part of the delay, nobody is expected: most wait for their own commit
 
 Result = TypeVar("Result")
 
@@ -221,11 +222,13 @@ class Committer:
         return True
 
     async def _gather(self) -> None:
-        """Let others join the transaction, up to its bounds."""
+        """Let others join the transaction, up to its bounds, for as long as they keep coming."""
+        loop = asyncio.get_running_loop()
+        latest = loop.time() + self._options.max_delay_s
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._options.max_delay_s):
-                while not self._closing and not self._full():
-                    self._wake.clear()
+            while not self._closing and not self._full():
+                self._wake.clear()
+                async with asyncio.timeout_at(min(latest, loop.time() + self._options.max_delay_s / QUIET_SHARE)):
                     await self._wake.wait()
 
     def _full(self) -> bool:
