@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import paho.mqtt.client as mqtt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -19,11 +20,15 @@ from agent.envelope import Attributes, Signer, pack, properties, unpack
 from agent.messages import Basis
 from agent.packets import Outgoing
 from agent.signing import key_id_of
+from tools.listening.judging import Expectations
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
 SIGNER = Signer(key=KEY, key_id=key_id_of(KEY.public_key()))
 PUBLIC_PEM = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 STRANGER = Signer(key=Ed25519PrivateKey.from_private_bytes(bytes(32)), key_id=SIGNER.key_id)
+HERE = Expectations(
+    keys={SIGNER.key_id: KEY.public_key()}, may_hold=lambda regions, _class: {"cn", "hk"}.issuperset(regions)
+)
 START_NS = 1_790_000_000 * 10**9
 
 TELEMETRY = Attributes(
@@ -121,3 +126,8 @@ def publish(port: int, messages: Iterable[Outgoing], *, protocol: int = mqtt.MQT
     finally:
         client.disconnect()
         client.loop_stop()
+
+
+def lines(path: Path) -> list[dict]:
+    """The lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -8,8 +8,6 @@ import dataclasses
 import msgpack
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +27,7 @@ from agent.envelope import (
 from agent.errors import EnvelopeError
 from agent.messages import Basis
 from agent.packets import Outgoing
-from agent.signing import Signature, key_id_of, pre_authentication_encoding, public_key, public_keys
+from agent.signing import key_id_of, pre_authentication_encoding
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 SIGNER = Signer(key=KEY, key_id=key_id_of(KEY.public_key()))
@@ -376,35 +374,3 @@ def test_the_envelope_costs_less_than_a_kilobyte_and_does_not_grow_with_the_data
 )
 def test_only_a_valid_trace_context_is_passed_on(given_text, kept):
     assert wire.traceparent_or_none(given_text) == (given_text if kept else None)
-
-
-def test_a_key_from_a_file_signs_under_the_id_of_its_public_key():
-    pem = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    public = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    signer = Signer.from_pem(pem)
-    assert signer.key_id == key_id_of(public_key(public))
-    assert Signer.from_pem(pem, "car-1").key_id == "car-1"
-    verify(unpack(pack(SAMPLE, b"d", signer)), public_keys(b"comment\n" + public))
-
-
-def test_what_is_not_a_signing_key_is_refused():
-    foreign = X25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    good = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    for pem, key_id in ((b"", None), (b"junk", None), (foreign, None), (good, "a b")):
-        with pytest.raises(EnvelopeError):
-            Signer.from_pem(pem, key_id)
-
-
-def test_what_is_not_a_public_key_is_refused():
-    foreign = X25519PrivateKey.generate().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    for pem in (b"", b"junk", foreign):
-        with pytest.raises(EnvelopeError):
-            public_keys(pem)
-        with pytest.raises(EnvelopeError):
-            public_key(pem)
-
-
-@pytest.mark.parametrize(("keyid", "sig"), [("", bytes(64)), ("a\n", bytes(64)), ("a", bytes(63))])
-def test_a_signature_of_another_shape_is_refused(keyid, sig):
-    with pytest.raises(EnvelopeError):
-        Signature(keyid=keyid, sig=sig)

@@ -1,239 +1,30 @@
-"""The reference consumer: what it counts as good, that it stores each record once, and that it tells what is wrong."""
+"""`residency-tools listen` as a process: nothing lost, nothing stored twice, everything wrong reported."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
+import fcntl
 import json
+import re
 import signal
 import sqlite3
 import sys
 from contextlib import AsyncExitStack, closing
+from pathlib import Path
 
 import pytest
 import stream
 from consumers import SECONDS, SUBSCRIPTIONS, consumer, subscribed, until
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from agent import presence
-from agent.attributes import texts
-from agent.envelope import CONTENT_TYPE, unpack
 from agent.packets import Outgoing, Session
+from tools.__main__ import main as tools_main
 from tools.brokers import free_port, mosquitto, mosquitto_path
 from tools.listening import receiving
 from tools.listening.board import Board
-from tools.listening.files import StoreError, needed, partition, store
-from tools.listening.inbox import Arrival, Inbox, Roll, Row
-from tools.listening.judging import Expectations, Verdict, judge
+from tools.listening.inbox import Inbox
 
 needs_mosquitto = pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
-KEYS = {stream.SIGNER.key_id: stream.KEY.public_key()}
-HERE = Expectations(keys=KEYS, may_hold=lambda regions, _class: {"cn", "hk"}.issuperset(regions))
-
-
-def _judged(sent, expectations=HERE):
-    return judge(sent.topic, sent.payload, sent.content_type, tuple(sent.properties), expectations)
-
-
-@pytest.mark.parametrize("wire", ["msgpack", "binary"])
-def test_only_a_signed_record_of_a_permitted_region_is_good(wire):
-    def verdict(attributes, signer=stream.SIGNER):
-        return _judged(stream.outgoing(attributes, b"{}", wire=wire, signer=signer)).verdict
-
-    assert verdict(stream.TELEMETRY) is Verdict.GOOD
-    assert verdict(stream.PICTURE) is Verdict.GOOD
-    assert verdict(stream.TELEMETRY, None) is Verdict.UNSIGNED
-    assert verdict(stream.TELEMETRY, stream.STRANGER) is Verdict.FORGED
-    assert verdict(stream.record(1, regions=("us",))) is Verdict.MISPLACED
-    assert verdict(stream.record(1, regions=("cn", "us"))) is Verdict.MISPLACED
-    assert verdict(stream.record(1, regions=("us",)), None) is Verdict.UNSIGNED
-
-
-@given(st.data())
-@settings(max_examples=200)
-def test_no_flipped_byte_makes_a_good_record(drawn):
-    wire = drawn.draw(st.sampled_from(("msgpack", "binary")))
-    sent = stream.outgoing(stream.PICTURE, b"picture", wire=wire)
-    at = drawn.draw(st.integers(0, len(sent.payload) - 1))
-    changed = bytearray(sent.payload)
-    changed[at] ^= drawn.draw(st.integers(1, 255))
-    assert _judged(dataclasses.replace(sent, payload=bytes(changed))).verdict in {Verdict.FORGED, Verdict.MALFORMED}
-
-
-def test_junk_is_malformed_and_birth_is_a_notice():
-    born = presence.birth(
-        presence.Session(id="s", source="urn:v", vehicle="car-7"), 0, version="0", policy_version="0", keyid=None
-    )
-    assert _judged(Outgoing(topic="cn/a/b", payload=b"junk")).verdict is Verdict.MALFORMED
-    assert _judged(Outgoing(topic="cn/a/b", payload=b"junk", content_type="text/plain")).verdict is Verdict.MALFORMED
-    assert _judged(Outgoing(topic=born.topic, payload=born.payload)).verdict is Verdict.NOTICE
-    for content_type in (None, CONTENT_TYPE, presence.CONTENT_TYPE):
-        sent = Outgoing(topic="cn/a/b", payload=born.payload, content_type=content_type)
-        assert _judged(sent).verdict is (Verdict.NOTICE if content_type == presence.CONTENT_TYPE else Verdict.MALFORMED)
-
-
-def test_without_keys_the_signature_is_not_looked_at_but_the_region_is():
-    blind = dataclasses.replace(HERE, keys=None)
-    assert _judged(stream.outgoing(stream.TELEMETRY, b"", signer=None), blind).verdict is Verdict.GOOD
-    assert _judged(stream.outgoing(stream.record(1, regions=("us",)), b""), blind).verdict is Verdict.MISPLACED
-
-
-def _arrival(number, **changes):
-    packed = stream.outgoing(stream.record(number, **changes), stream.data_of(number)).payload
-    return Arrival(topic="cn/car-7/t", envelope=unpack(packed))
-
-
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 7))
-def test_every_record_is_fresh_once_and_the_gaps_are_those_that_never_came(numbers, size):
-    inbox = Inbox(None, "a")
-    fresh = [
-        number
-        for at in range(0, len(numbers), size)
-        for number, new in zip(
-            numbers[at : at + size], inbox.take([_arrival(n) for n in numbers[at : at + size]]), strict=True
-        )
-        if new
-    ]
-    inbox.close()
-    assert sorted(fresh) == sorted(set(numbers))
-
-
-@given(st.sets(st.integers(0, 40), min_size=1).flatmap(lambda found: st.permutations(sorted(found))))
-def test_gaps_are_counted_whatever_the_order_of_arrival(numbers):
-    inbox = Inbox(None, "a")
-    inbox.take([_arrival(number) for number in numbers])
-    missing = inbox.missing()
-    inbox.close()
-    assert missing == {"cn": max(numbers) - min(numbers) + 1 - len(numbers)}
-
-
-def test_gaps_are_counted_per_source_and_region():
-    inbox = Inbox(None, "a")
-    one = [_arrival(number, regions=("cn",)) for number in (0, 2)]
-    other = [_arrival(number, regions=("hk",)) for number in (0, 1)]
-    third = [_arrival(number, source="urn:vehicle:b") for number in (5, 9)]
-    inbox.take([*one, *other, *third])
-    assert inbox.missing() == {"cn": 1 + 3, "hk": 0}
-    inbox.close()
-
-
-def test_a_duplicate_is_known_to_every_consumer_of_the_folder_and_after_a_restart(tmp_path):
-    path = tmp_path / "inbox"
-    first, second = Inbox(path, "first"), Inbox(path, "second")
-    assert first.take([_arrival(1)]) == [True]
-    assert second.take([_arrival(1), _arrival(2), _arrival(2)]) == [False, True, False]
-    first.close()
-    second.close()
-    again = Inbox(path, "third")
-    assert again.take([_arrival(1), _arrival(2), _arrival(3)]) == [False, False, True]
-    again.close()
-
-
-def test_what_is_remembered_is_bounded():
-    inbox = Inbox(None, "a", remember=3)
-    inbox.take([_arrival(number) for number in range(5)])
-    assert inbox.take([_arrival(4), _arrival(3), _arrival(2), _arrival(0)]) == [False, False, False, True]
-    inbox.close()
-
-
-def test_a_roll_that_was_cut_short_gives_the_same_files_again(tmp_path):
-    inbox = Inbox(tmp_path / "inbox", "a")
-    inbox.take([_arrival(number) for number in range(5)])
-    roll = inbox.roll(3, 1 << 20)
-    written = {path: path.read_bytes() for path in store(tmp_path, "jsonl", "a", roll)}
-    inbox.close()  # killed before it could say that the files are there
-
-    later = Inbox(tmp_path / "inbox", "a")
-    later.take([_arrival(9)])
-    again = later.roll(100, 1 << 20)
-    assert again == roll
-    assert {path: path.read_bytes() for path in store(tmp_path, "jsonl", "a", again)} == written
-    later.written(again)
-    rest = later.roll(100, 1 << 20)
-    assert [row.fields["sequence"][-1] for row in rest.rows] == ["3", "4", "9"]
-    later.written(rest)
-    assert later.roll(100, 1 << 20) is None
-    later.close()
-
-
-def test_a_roll_keeps_to_its_bytes_but_is_never_empty(tmp_path):
-    inbox = Inbox(tmp_path / "inbox", "a")
-    inbox.take([_arrival(number) for number in range(4)])
-    one = inbox.roll(100, 1)
-    assert len(one.rows) == 1
-    inbox.written(one)
-    size = sum(len(json.dumps(row.fields)) + len(row.data) for row in one.rows)
-    two = inbox.roll(100, int(size * 2.5))
-    assert len(two.rows) == 2
-    inbox.close()
-
-
-def _row(number=1, data=b'{"a":\n1.0}', **changes):
-    inbox_row = stream.record(number, **changes)
-    packed = unpack(stream.outgoing(inbox_row, data).payload)
-    return Row(fields={**texts(packed.attributes), "topic": "cn/car-7/t", "keyid": packed.keyid}, data=data)
-
-
-def _lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_json_data_stands_in_a_line_as_it_came_and_all_else_in_base64(tmp_path):
-    rows = [
-        _row(1),
-        _row(2, data=b'{"n": 12345678901234567890.10}'),
-        _row(3, data=b"{broken"),
-        _row(4, data=b"NaN"),
-        _row(5, data=b"\xff"),
-        _row(6, data=b"[" * 100_000),
-        _row(7, data=JPEG, datacontenttype="image/jpeg"),
-    ]
-    [path] = store(tmp_path, "jsonl", "a", Roll(number=1, rows=rows))
-    lines = _lines(path)
-    assert lines[0]["data"] == {"a": 1.0}
-    assert b'"data": {"n": 12345678901234567890.10}' in path.read_bytes()
-    for line, row in zip(lines[2:], rows[2:], strict=True):
-        assert base64.b64decode(line["data_base64"]) == row.data
-    assert all(line["topic"] == "cn/car-7/t" and line["keyid"] == stream.SIGNER.key_id for line in lines)
-
-
-JPEG = b"\xff\xd8\xff\xe0picture\xff\xd9"
-
-
-def test_files_are_partitioned_by_region_date_and_class_and_no_name_leaves_the_folder(tmp_path):
-    rows = [_row(1), _row(100_000), _row(2, regions=("cn", "hk")), _row(3, dataclassification="../../up")]
-    paths = {
-        str(path.parent.relative_to(tmp_path)) for path in store(tmp_path, "jsonl", "a", Roll(number=1, rows=rows))
-    }
-    assert paths == {
-        "region=cn/date=2026-09-21/class=telemetry",
-        "region=cn/date=2026-09-22/class=telemetry",
-        "region=cn,hk/date=2026-09-21/class=telemetry",
-        "region=cn/date=2026-09-21/class=..%2F..%2Fup",
-    }
-    assert partition(rows[0].fields).parts[0] == "region=cn"
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_parquet_files_hold_the_same_with_types(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow (extra parquet) is not installed")
-    rows = [_row(1, redaction="none"), _row(2, data=JPEG, extensions={"newthing": "1"})]
-    [path] = store(tmp_path, "parquet", "a", Roll(number=1, rows=rows))
-    table = parquet.read_table(path, partitioning=None).to_pylist()
-    assert [row["data"] for row in table] == [rows[0].data, JPEG]
-    assert [row["sequence"] for row in table] == [1, 2]
-    assert [row["redaction"] for row in table] == ["none", None]
-    assert [row["extensions"] for row in table] == [None, '{"newthing": "1"}']
-    assert table[0]["dataregion"] == "cn"
-    assert parquet.read_table(tmp_path).num_rows == 2
-
-
-def test_without_pyarrow_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(StoreError, match=r"residency-agent\[parquet\]"):
-        needed("pyarrow")
 
 
 @pytest.fixture
@@ -244,12 +35,12 @@ def keys(tmp_path):
 
 
 def _command(port, keys, *more, allow="cn,hk"):
-    common = ("--port", port, "--keys", keys, "--allow", allow, "--json")
-    return [sys.executable, "-m", "tools", "listen", *common, *more]
+    common = ("--keys", keys, "--allow", allow, "--json")
+    return [sys.executable, "-m", "tools", "listen", "--port", port, *common, *more]
 
 
 def _stored(folder):
-    return [line for path in sorted(folder.rglob("region=*/**/*.jsonl")) for line in _lines(path)]
+    return [line for path in sorted(folder.rglob("region=*/**/*.jsonl")) for line in stream.lines(path)]
 
 
 async def _figures(process):
@@ -286,7 +77,7 @@ async def test_bad_records_are_reported_and_never_stored(keys, tmp_path):
     region = figures["regions"]["cn"]
     assert (region["good"], region["duplicates"], region["missing"]) == (3, 1, 3)
     assert [line["sequence"][-1] for line in _stored(out)] == ["0", "2", "5"]
-    refusals = _lines(out / "refused-a.jsonl")
+    refusals = stream.lines(out / "refused-a.jsonl")
     assert sorted(line["verdict"] for line in refusals) == ["forged", "malformed", "misplaced", "unsigned"]
     assert not any(b"from elsewhere" in path.read_bytes() for path in out.rglob("*") if path.is_file())
 
@@ -364,7 +155,9 @@ async def test_a_backlog_larger_than_the_queue_does_not_keep_a_listener_from_sub
             session_expiry_s=60,
             receive_maximum=40,
         )
-        options = receiving.Options(session=session, filters=("+/+/#",), expectations=HERE, consumer="a", idle_s=0)
+        options = receiving.Options(
+            session=session, filters=("+/+/#",), expectations=stream.HERE, consumer="a", idle_s=0
+        )
         await _received(options)
         await asyncio.to_thread(stream.publish, broker.port, [stream.outgoing(one, b"{}") for one in records])
         board = await _received(dataclasses.replace(options, idle_s=None, count=len(records)))
@@ -394,17 +187,51 @@ async def test_a_signal_ends_a_listener_in_order(keys, tmp_path):
     assert figures["refused"] == 0
 
 
-async def test_what_cannot_run_ends_with_status_2_and_a_reason(keys, tmp_path):
-    nowhere = free_port()
-    policy = tmp_path / "policy.toml"
-    for command, reason in (
-        (_command(nowhere, keys), str(nowhere)),
-        (_command(nowhere, tmp_path / "no.pem"), "no.pem"),
-        (_command(nowhere, keys, "--name", "a/b"), "--name"),
-        ([*_command(nowhere, keys)[:4], "--unverified", "--policy", policy, "--endpoint", "x"], "policy.toml"),
-    ):
-        async with asyncio.timeout(SECONDS), consumer(*command) as process:
-            _, status, told = await _figures(process)
-        assert status == 2
-        assert reason in told
-        assert "Traceback" not in told
+def _run(capsys, command):
+    """The exit status and standard error of a command, run in this process."""
+    status = tools_main(list(map(str, command[3:])))
+    return status, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("--keys", "no.pem", "--allow", "cn"), "no.pem"),
+        (("--unverified", "--policy", "no.toml", "--endpoint", "x"), "no.toml"),
+        (("--unverified", "--allow", "cn", "--name", "a/b"), "--name"),
+        (("--unverified", "--allow", "cn"), "cannot be reached|refused"),
+    ],
+)
+def test_what_cannot_run_ends_with_status_2_and_a_reason(capsys, more, reason):
+    status, told = _run(capsys, [*_command(free_port(), "")[:6], *more])
+    assert status == 2
+    assert re.search(reason, told)
+
+
+def test_an_endpoint_that_the_policy_does_not_know_is_named(capsys):
+    example = Path(__file__).parent.parent / "systemd" / "policy.example.toml"
+    status, told = _run(
+        capsys, [*_command(free_port(), "")[:6], "--unverified", "--policy", example, "--endpoint", "atlantis"]
+    )
+    assert status == 2
+    assert "atlantis" in told
+
+
+def test_two_listeners_of_one_name_do_not_write_to_one_folder(capsys, keys, tmp_path):
+    with (tmp_path / ".a.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, told = _run(capsys, _command(free_port(), keys, "--name", "a", "--out", tmp_path))
+    assert status == 2
+    assert "another listener named a" in told
+
+
+@needs_mosquitto
+async def test_a_key_may_have_a_name_of_its_own_and_mqtt_3_1_1_is_enough(keys):
+    signer = dataclasses.replace(stream.SIGNER, key_id="car-7.2026")
+    async with mosquitto() as broker, asyncio.timeout(SECONDS):
+        trust = ("--keys", f"car-7.2026={keys}", "--protocol", "3.1.1", "--name", "a")
+        command = [*_command(broker.port, keys)[:6], *trust, "--allow", "cn", "--json"]
+        await _listened([*command, "--idle", "0"])
+        await asyncio.to_thread(stream.publish, broker.port, [stream.outgoing(stream.TELEMETRY, b"{}", signer=signer)])
+        figures, status, _ = await _listened([*command, "--count", "1"])
+    assert (figures["good"], status) == (1, 0)
