@@ -8,7 +8,7 @@ from __future__ import annotations
 import binascii
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from agent.signatures import MIN_PICTURE_BYTES, search
@@ -57,11 +57,21 @@ def numbers(text: bytes) -> Iterator[Part]:
             yield Part(match.start(), match.end(), bytes(values), _as_numbers)
 
 
-def has_long_word(text: bytes, most: int) -> bool:
-    """Whether a JSON string is longer than `most` without white space: what an unknown encoding looks like."""
-    if max(map(len, text.split(b'"'))) <= most:
+def has_unread_word(json_text: bytes, read: Iterable[tuple[int, int]], most: int) -> bool:
+    """Whether a string without white space has more than `most` bytes outside the spans that could be read.
+
+    That is what an encoding looks like that nobody here knows.
+    """
+    if max(map(len, json_text.split(b'"'))) <= most:
         return False
-    return any(len(match[0]) > most and not _SPACE.search(match[0]) for match in _STRING.finditer(text))
+    spans = sorted(read)
+    for match in _STRING.finditer(json_text):
+        if len(match[0]) > most and not _SPACE.search(match[0]):
+            first, last = match.span()
+            known = sum(max(0, min(last, end) - max(first, start)) for start, end in spans)
+            if last - first - known > most:
+                return True
+    return False
 
 
 def runs(text: bytes) -> Iterator[Part]:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import msgspec
 
 from agent.containers import format_of
-from agent.encoded import MIN_RUN, Part, has_bare_data_url, has_long_word, is_shifted_picture, numbers, runs, strings
+from agent.encoded import MIN_RUN, Part, has_bare_data_url, has_unread_word, is_shifted_picture, numbers, runs, strings
 from agent.errors import RefusedError
 from agent.packed import Leaf, msgpack_leaves, pack, protobuf_leaves, varint
 from agent.pictures import PictureLimits
@@ -56,6 +56,7 @@ class Contents:
     parts: tuple[Part, ...] = ()
 
 
+MAX_NESTING = 64  # lists within lists of one msgpack value; real messages have fewer than ten
 PLAIN = Contents()
 OPAQUE = Contents(opaque=True)
 PICTURE = Contents(pictures=True, whole=True)
@@ -104,7 +105,7 @@ def _survey(data: bytes, limits: InspectionLimits, depth: int) -> Contents:
         raise RefusedError(reason)
     if _is_text(data):
         return _text(data, limits, depth)
-    if (leaves := msgpack_leaves(data, limits.max_depth)) is not None:
+    if (leaves := msgpack_leaves(data, MAX_NESTING)) is not None:
         return _leaves(leaves, limits, depth)
     return _binary(data, limits, depth)
 
@@ -129,8 +130,10 @@ def _text(data: bytes, limits: InspectionLimits, depth: int) -> Contents:
     found = _gather([*unescaped, *encoded, *_outside(numbers(data), unescaped)], limits, depth)
     if not json and b"\\" in data and _holds_runs(data.replace(b"\\/", b"/")):
         raise RefusedError("picture.hidden", "escaped base64 in a text that is not JSON")
-    if json and len(data) > limits.opaque_bytes and has_long_word(data, limits.opaque_bytes) and not found.parts:
-        return OPAQUE
+    if json and len(data) > limits.opaque_bytes:
+        read = [*encoded, *found.parts, *(part for part in unescaped if _is_json(part.data))]
+        if has_unread_word(data, ((part.start, part.end) for part in read), limits.opaque_bytes):
+            return replace(found, opaque=True)
     return found
 
 

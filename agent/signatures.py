@@ -53,6 +53,7 @@ _ARCHIVES = (
 _INNOCENT = frozenset(b'{["$-01234569')
 
 _SEARCHES = [(literal, re.compile(pattern, re.DOTALL)) for literal, pattern in _ANYWHERE]
+_LITERAL = re.compile(b"|".join(re.escape(literal) for literal, _ in _ANYWHERE))
 _PICTURE = re.compile(b"|".join((*(pattern for _, pattern in _ANYWHERE), *_LEADING)), re.DOTALL)
 _ARCHIVE = re.compile(b"|".join(_ARCHIVES), re.DOTALL)
 
@@ -72,6 +73,8 @@ def leading(data: bytes) -> str | None:
 
 def search(data: bytes) -> int | None:
     """Return the offset of a picture or video signature anywhere in the bytes."""
+    if not _LITERAL.search(data):
+        return None
     for literal, pattern in _SEARCHES:
         if literal not in data:
             continue

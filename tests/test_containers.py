@@ -42,9 +42,9 @@ def test_gigapixel_png_is_refused_within_milliseconds_and_without_memory():
     tracemalloc.start()
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.process_time()
         assert refusal(data, PictureLimits(max_side=65_535)) == "picture.limit.pixels"
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert min(seconds) < 0.005

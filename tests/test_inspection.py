@@ -93,6 +93,18 @@ def test_bytes_that_cannot_be_read_are_opaque(payload):
     assert (contents.pictures, contents.opaque) == (False, True)
 
 
+def test_word_in_an_unknown_encoding_is_opaque_beside_a_picture_and_in_an_escaped_string():
+    unknown = base64.b85encode(PICTURE).decode()
+    for document in ({"i": CODE, "u": unknown}, {"u": unknown + '"\\'}, {"u": f'{unknown}"', "i": CODE}):
+        contents = inspect(json.dumps(document).encode(), LIMITS)
+        assert (contents.pictures, contents.opaque) == ("i" in document, True)
+
+
+def test_long_minified_json_in_a_string_is_read():
+    inner = json.dumps({"values": {f"signal_{i}": i for i in range(200)}}, separators=(",", ":"))
+    assert not inspect(json.dumps({"body": inner}).encode(), LIMITS).opaque
+
+
 def test_limit_of_unreadable_bytes_is_a_parameter():
     payload = msgpack.packb({"raw": b"\xfe" * 200})
     assert not inspect(payload, LIMITS).opaque
