@@ -1,4 +1,4 @@
-"""`residency-tools regions`: compile the agent's borders, or say what a border file knows about a place.
+"""`residency-tools regions`: compile the agent's borders, look at them, and rehearse crossings.
 
 `build` reads `borders.json` of the npm package @rapideditor/country-coder (ISC; its geometry follows OpenStreetMap) and
 writes the compact file. Only ISO 3166-1 codes are taken: groups such as the EU are law, not geometry, and belong to
@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from agent.polygons import UNITS_PER_DEGREE, Polygon, Ring, pack_polygons
+from agent.polygons import UNITS_PER_DEGREE, Polygon, Ring, pack_polygons, unpack_polygons
 from agent.regions import RegionMap
+from tools.crossings import table
 
 PACKAGE = "@rapideditor/country-coder@5.6.1"
 SHIPPED = Path(__file__).parent.parent / "agent" / "data" / "borders.bin"
@@ -44,7 +45,7 @@ SEVERAL: Mapping[str, tuple[str, ...]] = {
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `regions build` and `regions show`."""
-    parser = subparsers.add_parser("regions", help="compile and look at the border file")
+    parser = subparsers.add_parser("regions", help="compile the border file, look at it, rehearse crossings")
     parser.set_defaults(run=run)
     commands = parser.add_subparsers(dest="regions_command", required=True)
     build = commands.add_parser("build", help=f"compile the borders of npm {PACKAGE}")
@@ -55,11 +56,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     show.add_argument("longitude", type=float)
     show.add_argument("--radius", type=float, default=0.0, help="metres (default: %(default)s)")
     show.add_argument("--file", type=Path, default=SHIPPED)
+    crossings = commands.add_parser("crossings", help="synthetic border crossings: misrouted, held, flips")
+    crossings.add_argument("--seed", type=int, default=1, help="of the fixes' errors (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `regions build` or `regions show`; returns the exit status."""
-    return _build(args.input, args.output) if args.regions_command == "build" else _show(args)
+    """Run `regions build`, `show` or `crossings`; returns the exit status."""
+    if args.regions_command == "build":
+        return _build(args.input, args.output)
+    return _show(args) if args.regions_command == "show" else _crossings(args.seed)
 
 
 def compile_borders(text: str) -> bytes:
@@ -88,6 +93,12 @@ def _build(source: Path | None, output: Path) -> int:
 def _show(args: argparse.Namespace) -> int:
     borders = RegionMap.from_bytes(args.file.read_bytes())
     print(" ".join(sorted(borders.countries_near(args.latitude, args.longitude, args.radius))))
+    return 0
+
+
+def _crossings(seed: int) -> int:
+    for line in table(unpack_polygons(SHIPPED.read_bytes()), seed):
+        print(line, flush=True)
     return 0
 
 
