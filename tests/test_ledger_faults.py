@@ -291,8 +291,8 @@ def until_stalled(ledger):
 def test_full_disk_takes_no_record_but_lets_deliveries_and_expiry_through(path):
     disk = FaultDisk()
     with disk.mounted():
-        ledger = opened(path, reserve_bytes=400_000, journal_bytes=100_000, inline_bytes=3000)
-        disk.fails = SmallDisk(path.parent, 1_500_000)
+        ledger = opened(path, reserve_bytes=300_000, journal_bytes=60_000, inline_bytes=3000)
+        disk.fails = SmallDisk(path.parent, 800_000)
         stored = until_stalled(ledger)
         assert 100 < len(stored) < 5000
         assert numbers(ledger.spooled(limit=10_000, max_bytes=1 << 30)) == stored
@@ -303,34 +303,41 @@ def test_full_disk_takes_no_record_but_lets_deliveries_and_expiry_through(path):
         assert ledger.sweep(NOW + 60 * SECOND).expired > 50
         assert ledger.counts().conserved
         ledger.commit([store(9000, size=5000)])
-        assert path.with_name("ledger.db.reserve").stat().st_size == 400_000
+        assert path.with_name("ledger.db.reserve").stat().st_size == 300_000
         ledger.close()
     assert verify(path).intact
 
 
-def test_ledger_opens_on_a_full_disk_and_is_emptied_by_deliveries(path):
+@pytest.mark.parametrize("ending", ["deliveries", "expiry"])
+def test_ledger_opens_on_a_full_disk_and_its_reserve_lets_it_be_emptied(path, ending):
     disk = FaultDisk()
+    reserve = path.with_name("ledger.db.reserve")
     with disk.mounted():
-        small = SmallDisk(path.parent, 1_500_000)
+        small = SmallDisk(path.parent, 800_000)
         disk.fails = small
-        ledger = opened(path, reserve_bytes=400_000, journal_bytes=100_000, inline_bytes=3000)
+        ledger = opened(path, reserve_bytes=300_000, journal_bytes=60_000, inline_bytes=3000)
         stored = until_stalled(ledger)
         ledger.close()
         small.capacity = small.used()
-        ledger = opened(path, reserve_bytes=400_000, journal_bytes=100_000, inline_bytes=3000)
-        assert ledger.incidents == ()
-        for n in stored:
-            ledger.commit([delivered(n)])
-        assert ledger.counts().delivered == len(stored)
-        assert ledger.counts().conserved
+        ledger = opened(path, reserve_bytes=300_000, journal_bytes=60_000, inline_bytes=3000)
+        assert (ledger.incidents, reserve.stat().st_size) == ((), 300_000)
+        if ending == "expiry":
+            assert ledger.sweep(NOW + 20_000 * SECOND).expired == len(stored)
+        else:
+            ledger.commit([delivered(stored[0])])
+            assert not reserve.exists()
+            ledger.commit([delivered(n) for n in stored[1:]])
+            ledger.sweep(NOW)
+        counts = ledger.counts()
+        assert (counts.pending, counts.conserved, reserve.stat().st_size) == (0, True, 300_000)
         ledger.close()
 
 
 async def test_stores_that_waited_for_a_full_disk_go_through_when_deliveries_have_made_room(path):
     disk = FaultDisk()
     with disk.mounted():
-        ledger = opened(path, reserve_bytes=400_000, journal_bytes=100_000, inline_bytes=3000)
-        disk.fails = SmallDisk(path.parent, 1_500_000)
+        ledger = opened(path, reserve_bytes=300_000, journal_bytes=60_000, inline_bytes=3000)
+        disk.fails = SmallDisk(path.parent, 800_000)
         stored = until_stalled(ledger)
         async with Committer(ledger, CommitOptions(max_delay_s=0.001, retry_s=0.01)) as committer:
             waiting = [asyncio.create_task(committer.submit(store(5000 + n, size=2500))) for n in range(40)]
