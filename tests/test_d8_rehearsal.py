@@ -124,6 +124,7 @@ class Rehearsal:
     latitude: float = SHENZHEN
     target: float = SHENZHEN
     passed: list = field(default_factory=list)
+    traps: list = field(default_factory=list)
 
     def set_up(self):
         authority = Authority(self.folder)
@@ -142,6 +143,10 @@ class Rehearsal:
         self._configure()
         for name in ADDRESSES:
             self.start_broker(name)
+        for address in (TRAP, TRAP_6):
+            trap, close = self.listen("trap", address=address)
+            self.traps.append(trap)
+            self.stack.callback(close)
         self.start("inner", [mosquitto_path(), "-p", str(INNER)], self.car)
 
     def _configure(self):
@@ -193,6 +198,7 @@ class Rehearsal:
             agent = self.processes.get("agent")
             if agent is not None and agent.poll() is not None:
                 raise AssertionError(f"the agent ended with {agent.returncode}")
+            assert not any(trap.connections for trap in self.traps), "the agent went into the trap"
             await asyncio.sleep(0.02)
 
     async def watch(self, name):
@@ -263,12 +269,7 @@ def _succeeds(function):
 
 
 async def rehearse(it):
-    """The drive. Returns what the trap has seen, and what the rogue brokers have."""
-    trap, close_trap = it.listen("trap", address=TRAP)
-    trap_6, close_trap_6 = it.listen("trap", address=TRAP_6)
-    it.stack.callback(close_trap)
-    it.stack.callback(close_trap_6)
-
+    """The drive."""
     # In Shenzhen. The first broker dies: its spare, which is known by address, takes over.
     await it.more_at("cn")
     it.kill("cn")
@@ -288,10 +289,8 @@ async def rehearse(it):
     await it.go(HONG_KONG)
     await it.more_at("hk")
     it.kill("hk")
-    rogues = []
     for answer in (reference(MOVED, CN_NAME.encode()), farewell(MOVED, f"{TRAP}:{PORT}".encode())):
         rogue, close = await until_listening(it, answer)
-        rogues.append(rogue)
         await it.until(lambda rogue=rogue: b"MQTT" in rogue.data)
         close()
     it.start_broker("hk")
@@ -302,7 +301,6 @@ async def rehearse(it):
     await it.until(lambda: it.status()["counts"]["pending"] > 0)
     await it.go(SHENZHEN)
     await it.more_at("cn", 10)
-    return [trap, trap_6], rogues
 
 
 async def until_listening(it, answer):
@@ -325,7 +323,7 @@ async def test_no_packet_leaves_the_car_but_to_where_every_candidate_region_perm
             driving = asyncio.create_task(it.drive_loop())
             try:
                 it.start("agent", [sys.executable, "-c", IN_LAPSE, "run", str(tmp_path / "agent.toml")], car)
-                traps, rogues = await rehearse(it)
+                await rehearse(it)
             except (TimeoutError, AssertionError):
                 sys.stderr.write(story(it))
                 raise
@@ -334,8 +332,6 @@ async def test_no_packet_leaves_the_car_but_to_where_every_candidate_region_perm
             assert it.kill("agent", signal.SIGTERM) == 0
         judge_packets(it)
         judge_deliveries(it)
-        assert [trap.connections for trap in traps] == [0, 0]
-        assert all(b"MQTT" in rogue.data for rogue in rogues), "no broker was ever asked to follow a reference"
 
 
 def judge_packets(it):

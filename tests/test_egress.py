@@ -1,4 +1,3 @@
-import ast
 import asyncio
 import dataclasses
 import functools
@@ -7,7 +6,6 @@ import socket
 import ssl
 import types
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import paho.mqtt.client
 import pytest
@@ -15,20 +13,15 @@ from authority import Authority
 from hypothesis import given
 from hypothesis import strategies as st
 from peers import MOVED, USE_ANOTHER, farewell, peer, reference
-from test_policy import policy_of, record
 
-import agent
 from agent import egress
 from agent.egress import PeerRules, dial, permitted, resolve, tls_context
 from agent.errors import EndpointError
-from agent.outlet import Outlet
 from agent.packets import Outgoing, Session
-from agent.policy import Cleared
 from tools.brokers import mosquitto
 
 HOST = "broker.example.com"
 HERE = "127.0.0.1"
-TRANSPORT = {"packets", "mqtt", "mqtt_client", "transport"}  # modules that carry a PUBLISH and make none
 SESSION = Session(host="never used", port=1, client_id="car")
 
 
@@ -87,7 +80,7 @@ async def refused(rules, seen, patience, match):
     """Dial in vain; no byte of MQTT may have reached the peer."""
     async with asyncio.timeout(patience):
         with pytest.raises(EndpointError, match=match):
-            await dial(rules, SESSION)
+            (await dial(rules, SESSION)).close()
         await asyncio.to_thread(seen.settle)
     assert seen.data == b""
 
@@ -317,7 +310,7 @@ async def test_localhost_that_resolves_elsewhere_is_not_used_without_tls(dns):
         rules = PeerRules(host="localhost", port=seen.port, tls=False)
         dns["localhost"] = ["10.0.0.1"]
         with pytest.raises(EndpointError, match="outside"):
-            await dial(rules, SESSION)
+            (await dial(rules, SESSION)).close()
         dns["localhost"] = [HERE]
         (await dial(rules, SESSION)).close()
 
@@ -386,67 +379,3 @@ async def test_proxy_of_the_environment_is_not_used(server, rules, patience, mon
     with peer(server) as seen:
         await visit(rules(port=seen.port), patience)
     assert b"MQTT" in seen.data
-
-
-# --- what may be published ----------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """A connection that keeps what is published."""
-
-    maximum_packet_size = None
-
-    def __init__(self):
-        self.published = []
-
-    def publish(self, outgoing):
-        self.published.append(outgoing)
-
-
-def outlet(recorder, endpoint="a"):
-    return Outlet(recorder, endpoint=endpoint, vehicle="car", topic="{region}/{topic}", wire="msgpack")
-
-
-def test_outlet_takes_nothing_but_what_was_cleared_for_its_endpoint():
-    policy, recorder = policy_of({"cn": {"data": ["a", "b"]}}), Recorder()
-    cleared = policy.clear(record(["cn"]), "b")
-    forged = types.SimpleNamespace(record=record(["cn"]), endpoint="a")
-    for wrong in (record(["cn"]), cleared, forged, None):
-        with pytest.raises(TypeError, match="not cleared for a"):
-            outlet(recorder).publish(wrong, 0)
-    assert recorder.published == []
-
-
-def test_clearance_cannot_be_carried_over_to_another_record_or_endpoint():
-    cleared = policy_of({"cn": {"data": ["a"]}}).clear(record(["cn"]), "a")
-    for change in ({"endpoint": "b"}, {"record": record(["hk"])}, {"seal": object()}):
-        with pytest.raises((TypeError, ValueError)):
-            dataclasses.replace(cleared, **change)
-    with pytest.raises(TypeError):
-        Cleared(record=record(["hk"]), endpoint="a")
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        cleared.endpoint = "b"
-    assert not hasattr(cleared, "seal")
-
-
-def test_only_the_outlet_and_the_intake_marker_make_a_publish():
-    users = {name for name, names in modules() if "Outgoing" in names}
-    assert users - TRANSPORT == {"outlet", "intake"}
-    assert {name for name, names in modules() if "_SEAL" in names} == {"policy"}
-    assert {name for name, names in modules() if "dial" in names} == {"egress", "uplink"}
-
-
-@functools.cache
-def modules():
-    folder = Path(agent.__file__).parent
-    return [(path.stem, identifiers(ast.parse(path.read_text()))) for path in folder.glob("*.py")]
-
-
-def identifiers(tree):
-    """Names that a module imports, defines or uses."""
-    found = set()
-    for node in ast.walk(tree):
-        match node:
-            case ast.Name(id=name) | ast.ClassDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.alias(name=name):
-                found.add(name)
-    return found

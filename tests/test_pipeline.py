@@ -250,6 +250,14 @@ def test_record_is_held_when_the_last_fix_is_stale():
     assert isinstance(plan.decision, Hold)
 
 
+def test_fix_beyond_the_largest_age_says_nothing():
+    line = pipeline_of(LAW)
+    standing(line, range(10))
+    young, old = (line.examine(message(9 + age, 9 + age, states_time=False)).capture for age in (590.0, 610.0))
+    assert line.positions.discs(young)
+    assert line.positions.discs(old) == ()
+
+
 def test_record_without_any_fix_may_come_from_everywhere():
     plan = pipeline_of(LAW).examine(message(1.0, 1.0, states_time=False))
     assert plan.whereabouts.regions == ("one", "two", UNLISTED)
