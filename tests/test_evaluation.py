@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +9,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agent.messages import Box
-from tools.evaluate import chosen
+from tools.__main__ import main
+from tools.evaluate import chosen, record
+from tools.evaluation.baselines import baselines
 from tools.evaluation.contest import Contestant, facts_of, outcome
 from tools.evaluation.judgement import NEVER, Found, judge, masked_outside
+from tools.evaluation.latency import timed
 from tools.evaluation.readers import LabelsError, read_folder
-from tools.evaluation.report import class_table, contest_table, misses, percent, printed, size_table
+from tools.evaluation.report import class_table, contest_table, loss_table, misses, percent, printed, size_table
 from tools.evaluation.summary import (
     Rate,
     annex_b,
@@ -85,6 +89,13 @@ def test_false_rate_counts_all_boxes_and_recall_only_objects_of_the_size():
     assert (false_rate(judged, 0.6).hits, false_rate(judged, 0.6).total) == (1, 2)
     assert (recall(judged, 0.6, 16).hits, recall(judged, 0.6, 16).total) == (1, 1)
     assert (recall(judged, 0.6).hits, recall(judged, 0.6).total) == (1, 2)
+
+
+def test_labels_that_are_not_complete_make_no_box_false_but_still_count_their_objects():
+    item = Truth(objects=rows([(0, 0, 10, 10)]), ignored=rows([]), complete=False)
+    judged = judge("plate", found((50, 50, 60, 60, 0.9), (0, 0, 10, 10, 0.8)), item)
+    assert (false_rate(judged, 0.1).hits, false_rate(judged, 0.1).total) == (0, 1)
+    assert average_precision(judged) == 1
 
 
 @given(total=st.integers(1, 5000), data=st.data())
@@ -276,6 +287,26 @@ def test_tables_print_every_class_source_and_detector(tmp_path):
         assert word in text
 
 
+def test_loss_against_the_other_detector_is_printed_in_points(tmp_path):
+    both = [
+        Contestant(name=name, labels=("face",), detect=lambda _, boxes=boxes: boxes, thresholds={"face": 0.5})
+        for name, boxes in (("int8", [face(10, 0.9)]), ("float", [face(10, 0.9), face(100, 0.9)]))
+    ]
+    one, two = (facts_of(item, [outcome(item, scene(tmp_path))]) for item in both)
+    assert "50.00" in printed([loss_table(one, two)])
+
+
+def test_chosen_thresholds_and_their_curve_are_written_into_the_manifest(tmp_path):
+    contestant = Contestant(name="ours", labels=("face",), detect=lambda _: [face(10, 0.9)], thresholds={"face": 0.4})
+    facts = facts_of(contestant, [outcome(contestant, scene(tmp_path))])
+    (tmp_path / "m.json").write_text('{"thresholds": {"face": 0.1}, "model": "m.onnx"}')
+    record(tmp_path / "m.json", facts)
+    content = json.loads((tmp_path / "m.json").read_text())
+    assert content["thresholds"] == {"face": 0.4}
+    assert content["model"] == "m.onnx"
+    assert len(content["measured"]["face"]["curve"]) == 19
+
+
 def test_dash_stands_where_nothing_was_counted():
     assert percent(Rate(hits=0, total=0).facts()) == "-"
 
@@ -286,3 +317,37 @@ def test_contact_sheet_shows_only_pictures_with_a_miss(tmp_path):
     picture = scene(tmp_path)
     assert np.asarray(misses([outcome(blind, picture)], {"face": 0.5})).max() > 0
     assert np.asarray(misses([outcome(seeing, picture)], {"face": 0.5})).max() == 0
+
+
+def test_one_command_measures_chooses_and_writes(tmp_path, monkeypatch, capsys):
+    class Fake:
+        manifest = SimpleNamespace(thresholds={"face": 0.5}, input=SimpleNamespace(upscale=1.0, long_side=1280))
+
+        def detect(self, _picture, _thresholds):
+            return [Box(label="face", score=0.9, x1=30, y1=20, x2=70, y2=60)]
+
+    monkeypatch.setattr("tools.evaluate.Detector.open", lambda *_, **__: Fake())
+    save_picture(tmp_path / "set" / "one.jpg")
+    (tmp_path / "set" / "one.txt").write_text("0 0.5 0.5 0.4 0.5")
+    (tmp_path / "m.json").write_text("{}")
+    words = ["evaluate", str(tmp_path / "set"), "--manifest", str(tmp_path / "m.json"), "--classes", "face"]
+    files = ["--json", str(tmp_path / "out.json"), "--misses", str(tmp_path / "misses.png")]
+    assert main([*words, "--no-baselines", "--choose", *files]) == 0
+    assert "Annex B, m, face: met; too few" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["detectors"]["m"]["classes"]["face"]["recall"]["rate"] == 1
+    assert json.loads((tmp_path / "m.json").read_text())["thresholds"] == {"face": 0.05}
+    assert (tmp_path / "misses.png").is_file()
+
+
+def test_baseline_that_is_not_there_is_named_and_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.evaluation.baselines.sysconfig.get_paths", lambda: {"purelib": str(tmp_path)})
+    remarks = list(baselines([tmp_path], 1.0, 1280))
+    assert len(remarks) == 4
+    assert all("was not found" in remark for remark in remarks)
+
+
+def test_timing_alternates_and_gives_medians_of_each():
+    order = []
+    times = timed({"one": lambda: order.append(1), "two": lambda: order.append(2)}, rounds=3)
+    assert order == [1, 2] * 4
+    assert set(times) == {"one", "two"}

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,19 @@ from rich.progress import track
 from agent.detector import Detector
 from agent.messages import Box
 from tools.evaluation.baselines import baselines, find
-from tools.evaluation.contest import LOWEST, Contestant, Outcome, facts_of, judged, outcome, side_by_side
+from tools.evaluation.contest import (
+    LOWEST,
+    Contestant,
+    Outcome,
+    facts_of,
+    judged,
+    outcome,
+    side_by_side,
+    thresholds_of,
+)
 from tools.evaluation.latency import passes, timed
 from tools.evaluation.readers import read_folder
-from tools.evaluation.report import class_table, contest_table, misses, printed, size_table
+from tools.evaluation.report import class_table, contest_table, loss_table, misses, printed, size_table
 from tools.evaluation.truths import Labelled, from_entry
 from tools.training.dataset import CLASSES, difference_hash, read_entries, split
 
@@ -32,6 +42,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("evaluate", help="measure a detector on labelled pictures", description=__doc__)
     parser.add_argument("pictures", type=Path, help="folder with labels.json, COCO, VOC or YOLO labels")
     parser.add_argument("--manifest", type=Path, action="append", default=[], help="detector to measure; repeatable")
+    parser.add_argument(
+        "--choose", action="store_true", help="choose the first manifest's thresholds here, and write them"
+    )
     parser.add_argument("--held-out", action="store_true", help="of labels.json only the validation split")
     parser.add_argument("--classes", default="", help="YOLO class names in order, joined by commas")
     parser.add_argument(
@@ -51,25 +64,62 @@ def run(args: argparse.Namespace) -> int:
     pictures = chosen(args.pictures, held_out=args.held_out, names=_names(args.classes), limit=args.limit)
     contestants, remarks = _contestants(args)
     outcomes = {item.name: measured(item, pictures) for item in contestants}
-    facts = {item.name: facts_of(item, outcomes[item.name]) for item in contestants}
+    names = [item.name for item in contestants[: len(args.manifest)]]
+    if args.choose and names:
+        thresholds = thresholds_of(replace(contestants[0], thresholds={}), outcomes[names[0]])
+        contestants = [replace(item, thresholds=thresholds) if item.name in names else item for item in contestants]
+    result: dict[str, Any] = {
+        "detectors": {item.name: facts_of(item, outcomes[item.name]) for item in contestants},
+        "side_by_side": _contest(contestants, outcomes),
+        "latency_ms": _latency(args) if args.latency else {},
+        "remarks": remarks,
+    }
+    _print(result, names)
+    _write(args, result, names, outcomes)
+    return 0
+
+
+def _contest(contestants: Sequence[Contestant], outcomes: Mapping[str, Sequence[Outcome]]) -> list[dict[str, object]]:
     known = {
         item.name: {label: own for label in item.labels if (own := judged(outcomes[item.name], label)) is not None}
         for item in contestants
     }
-    contest = side_by_side(known)
-    result: dict[str, Any] = {"detectors": facts, "side_by_side": contest, "remarks": remarks}
-    if args.latency:
-        result["latency_ms"] = _latency(args)
-    names = [item.name for item in contestants[: len(args.manifest)]]
+    return side_by_side(known)
+
+
+def _print(result: dict[str, Any], names: Sequence[str]) -> None:
+    facts = result["detectors"]
     tables = [table for name in names for table in (class_table(facts[name]), size_table(facts[name]))]
-    print(printed([*tables, contest_table(contest)]), end="")
-    print("\n".join([*_annex_lines(facts, names), *remarks, *_latency_lines(result)]))
+    tables.extend(loss_table(facts[names[0]], facts[name]) for name in names[1:])
+    print(printed([*tables, contest_table(result["side_by_side"])]), end="")
+    print("\n".join([*_annex_lines(facts, names), *result["remarks"], *_latency_lines(result["latency_ms"])]))
+
+
+def _write(
+    args: argparse.Namespace,
+    result: dict[str, Any],
+    names: Sequence[str],
+    outcomes: Mapping[str, Sequence[Outcome]],
+) -> None:
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if args.choose:
+        for path, name in zip(args.manifest, names, strict=True):
+            record(path, result["detectors"][name])
     if args.misses and names:
-        thresholds = {label: part["threshold"] for label, part in _classes(facts[names[0]]).items()}
+        thresholds = {label: part["threshold"] for label, part in _classes(result["detectors"][names[0]]).items()}
         misses(outcomes[names[0]], thresholds).save(args.misses)
-    return 0
+
+
+def record(manifest: Path, facts: dict[str, object]) -> None:
+    """Write thresholds, and the figures and curves that they came from, into a manifest."""
+    content = json.loads(manifest.read_bytes())
+    content["thresholds"] = {label: part["threshold"] for label, part in _classes(facts).items()}
+    content["measured"] = {
+        label: {key: part[key] for key in ("smallest", "detection", "false", "recall", "average_precision", "curve")}
+        for label, part in _classes(facts).items()
+    }
+    manifest.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _classes(facts: dict[str, object]) -> dict[str, Any]:
@@ -143,8 +193,7 @@ def _latency(args: argparse.Namespace) -> dict[str, float]:
     return timed(passes(args.manifest[0], path))
 
 
-def _latency_lines(result: dict[str, Any]) -> list[str]:
-    times = result.get("latency_ms") or {}
+def _latency_lines(times: Mapping[str, float]) -> list[str]:
     if not times:
         return []
     ratio = times["ours"] / times["centerface"]

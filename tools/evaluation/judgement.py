@@ -33,8 +33,8 @@ class Judgement:
     """Of each object: its size, and the threshold up to which it is covered and matched (NEVER: at none).
 
     Of each box: its score, whether it intersects no object and no ignored place (`false`, B.5), whether it is the match
-    of an object (`right`) or must be left out of precision (`neutral`). `size` is a person's height, else the smaller
-    side, in pixels.
+    of an object (`right`) or must be left out of precision and false rate (`neutral`: an ignored place, or a picture
+    whose labels are not complete). `size` is a person's height, else the smaller side, in pixels.
     """
 
     sizes: Floats
@@ -56,9 +56,9 @@ def judge(label: str, found: Found, truth: Truth) -> Judgement:
         covered=np.array([cover_score(item, found) for item in truth.objects], np.float64),
         matched=matched,
         scores=found.scores,
-        false=~near_object & ~near_doubt,
+        false=~near_object & ~near_doubt & truth.complete,
         right=right,
-        neutral=~right & near_doubt,
+        neutral=~right & (near_doubt | (not truth.complete)),
     )
 
 

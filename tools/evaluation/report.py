@@ -102,6 +102,21 @@ def contest_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def loss_table(first: Mapping[str, Any], second: Mapping[str, Any]) -> Table:
+    """What the first detector, in int8, loses against the second, in float, at the first one's thresholds."""
+    table = Table(title=f"{first['name']} against {second['name']}, at the same thresholds; per cent")
+    for heading in ("class", "recall", "recall of the other", "loss in points", "AP", "AP of the other"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for label, own in first["classes"].items():
+        other = second["classes"].get(label)
+        if other is None or own["recall"]["rate"] is None:
+            continue
+        loss = 100 * (other["recall"]["rate"] - own["recall"]["rate"])
+        precisions = (share(own["average_precision"], digits=1), share(other["average_precision"], digits=1))
+        table.add_row(label, percent(own["recall"]), percent(other["recall"]), f"{loss:.2f}", *precisions)
+    return table
+
+
 def printed(tables: Sequence[Table], width: int = 130) -> str:
     """Tables as plain text."""
     stream = io.StringIO()

@@ -22,6 +22,8 @@ BANDS: Mapping[str, tuple[tuple[float, float], ...]] = {
     "plate": ((8, 16), (16, 32), (32, 64), (64, math.inf)),
 }
 CURVE = tuple(round(0.05 * step, 2) for step in range(1, 20))
+LEAST = 0.05  # lowest threshold that is ever chosen
+FEW = 20  # boxes below which a false rate says nothing
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
@@ -83,8 +85,8 @@ def recall(judged: Judgement, threshold: float, low: float = 0.0, high: float = 
 
 
 def false_rate(judged: Judgement, threshold: float) -> Rate:
-    """Boxes that intersect nothing, of all boxes."""
-    chosen = judged.scores >= threshold
+    """Boxes that intersect nothing, of all boxes that are not neutral."""
+    chosen = (judged.scores >= threshold) & ~judged.neutral
     return Rate(hits=int((judged.false & chosen).sum()), total=int(chosen.sum()))
 
 
@@ -104,15 +106,16 @@ def average_precision(judged: Judgement) -> float:
 def threshold_for(judged: Judgement, most_false: float = MOST_FALSE) -> float:
     """The lowest score from which on no more than `most_false` of the boxes are false: recall first.
 
-    Read from the highest score down, so that a lucky stretch below a bad one is not taken.
+    Read from the highest score down, so that a lucky stretch below a bad one is not taken, and never below LEAST.
     """
-    order = np.argsort(-judged.scores, kind="stable")
-    shares = np.cumsum(judged.false[order]) / np.arange(1, len(order) + 1)
-    bad = np.flatnonzero((shares > most_false) & (np.arange(1, len(order) + 1) >= 20))
-    scores = judged.scores[order]
+    scores, false = judged.scores[~judged.neutral], judged.false[~judged.neutral]
+    order = np.argsort(-scores, kind="stable")
+    counts = np.arange(1, len(order) + 1)
+    bad = np.flatnonzero((np.cumsum(false[order]) / counts > most_false) & (counts >= FEW))
+    scores = scores[order]
     if not len(bad):
-        return float(scores[-1]) if len(scores) else 0.5
-    return float(np.nextafter(scores[bad[0]], 1.0))
+        return LEAST
+    return max(LEAST, float(np.nextafter(scores[bad[0]], 1.0)))
 
 
 def curve(judged: Judgement, label: str) -> list[dict[str, float | None]]:

@@ -17,13 +17,19 @@ from tools.training.dataset import CLASSES, DOUBT, SOURCES, Entry, Knowledge, So
 
 Floats = NDArray[np.float64]
 
+TEACHERS = frozenset({"person", "face"})  # classes of which the supplied teachers speak where labels are incomplete
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truth:
-    """One class in one picture: objects (n, 4) and ignored places (m, 4), in pixels."""
+    """One class in one picture: objects (n, 4) and ignored places (m, 4), in pixels.
+
+    `complete`: every other object lies in an ignored place, so that what is found elsewhere is false.
+    """
 
     objects: Floats
     ignored: Floats
+    complete: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +60,8 @@ def from_entry(entry: Entry, folder: Path) -> Labelled:
     for label in CLASSES:
         listed = Knowledge(getattr(source, label)) in {Knowledge.FULL, Knowledge.PARTIAL}
         if listed or (entry.source not in SOURCES and label in labelled):
-            truths[label] = _truth_of(entry, label)
+            complete = Knowledge(getattr(source, label)) is not Knowledge.PARTIAL or label in TEACHERS
+            truths[label] = _truth_of(entry, label, complete=complete)
     return Labelled(
         path=folder / entry.file,
         source=entry.source,
@@ -64,10 +71,10 @@ def from_entry(entry: Entry, folder: Path) -> Labelled:
     )
 
 
-def _truth_of(entry: Entry, label: str) -> Truth:
+def _truth_of(entry: Entry, label: str, *, complete: bool) -> Truth:
     limits = np.array([entry.width, entry.height] * 2, np.float64)
     objects = np.clip(rows([box for name, box in entry.boxes if name == label]), 0, limits)
     doubts = [box for name, box, score in entry.taught if name == label and score >= DOUBT]
     heads = [box for name, box in entry.boxes if name == "head"] if label == "face" else []
     sane = (objects[:, 2] - objects[:, 0] >= 1) & (objects[:, 3] - objects[:, 1] >= 1)
-    return Truth(objects=objects[sane], ignored=np.clip(rows([*doubts, *heads]), 0, limits))
+    return Truth(objects=objects[sane], ignored=np.clip(rows([*doubts, *heads]), 0, limits), complete=complete)
