@@ -181,7 +181,7 @@ class Run:
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=200, suppress_health_check=QUIET)
+@settings(max_examples=120, suppress_health_check=QUIET)
 @given(scenarios())
 def test_no_record_is_routed_where_a_region_that_it_may_come_from_forbids_it(scenario):
     law, drive, events = scenario
@@ -190,7 +190,7 @@ def test_no_record_is_routed_where_a_region_that_it_may_come_from_forbids_it(sce
         run.take(thing, captured)
 
 
-@settings(max_examples=100, suppress_health_check=QUIET)
+@settings(max_examples=60, suppress_health_check=QUIET)
 @given(scenarios(lies=6))
 def test_lies_of_the_receiver_route_nothing_out_of_the_true_region(scenario):
     law, drive, events = scenario
@@ -208,7 +208,7 @@ def test_the_properties_are_tried_in_all_their_branches():
     """Without it the properties above could pass because every record is refused."""
     found = set()
 
-    @settings(max_examples=250, database=None, derandomize=True, suppress_health_check=QUIET)
+    @settings(max_examples=150, database=None, derandomize=True, suppress_health_check=QUIET)
     @given(scenarios())
     def explore(scenario):
         law, drive, events = scenario
