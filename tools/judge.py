@@ -55,11 +55,13 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redacted:
-    """A delivered picture beside the one that was sent; `hits` are labelled objects found covered or not."""
+    """One delivered picture beside the one that was sent; `hits` are labelled objects found covered or not."""
 
     broker: str
     sent: Sent
     data: bytes
+    width: int
+    height: int
     claimed: Mapping[str, int]
     hits: tuple[tuple[str, bool], ...]
 
@@ -148,7 +150,17 @@ class Judge:
             return
         told = [(label, pixels.covered(before, after, (x1, y1, x2, y2))) for label, x1, y1, x2, y2 in sent.objects]
         hits = tuple((label, hit) for label, hit in told if hit is not None)
-        verdict.pictures.append(Redacted(broker=one.broker, sent=sent, data=data, claimed=claimed(claim), hits=hits))
+        verdict.pictures.append(
+            Redacted(
+                broker=one.broker,
+                sent=sent,
+                data=data,
+                width=after.shape[1],
+                height=after.shape[0],
+                claimed=claimed(claim),
+                hits=hits,
+            )
+        )
 
 
 def claimed(summary: str) -> dict[str, int]:

@@ -47,6 +47,8 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     after: str
     second: float
     broker: str
+    width: int
+    height: int
     claimed: dict[str, int]
     objects: tuple[tuple[str, int, int, int, int], ...]
     hits: tuple[tuple[str, bool], ...]
@@ -154,6 +156,8 @@ def _pictures(verdict: Verdict, start_ns: int) -> tuple[Picture, ...]:
             after=f"{number:03d}-{picture.broker}-after.jpg",
             second=round((picture.sent.recorded_ns - start_ns) / NANOSECONDS, 3),
             broker=picture.broker,
+            width=picture.width,
+            height=picture.height,
             claimed=dict(picture.claimed),
             objects=picture.sent.objects,
             hits=picture.hits,

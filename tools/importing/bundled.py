@@ -26,7 +26,7 @@ from tools.stamps import rfc3339
 
 START_NS = 1_760_000_400 * NANOSECONDS  # 2025-10-09 09:00:00 UTC
 SEED = 20251009
-LENGTH_S = 660
+LENGTH_S = 600
 METRES_PER_DEGREE = 111_195.0  # of latitude, on a sphere of 6371 km
 
 # Roads through Futian, Huanggang port, Lok Ma Chau, San Tin: latitude, longitude, speed in km/h from there on.

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import base64
+import fcntl
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from contextlib import contextmanager
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from tools.__main__ import main
+from tools.drawing import Projection, histogram_svg, places_of
+from tools.judge import Delivery, Redacted, Sent, Verdict
+from tools.report import page
+from tools.run_file import FORMAT, PICTURES, Event, RunFile, load, save
+from tools.run_file import _events as events_of
+from tools.run_file import _pictures as pictures_of
+
+SECOND = 1_000_000_000
+STATES = {"delivered": 3, "pending": 0, "held": 1, "refused": 1, "expired": 0, "evicted": 0}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = 'vehicle/<script>alert(1)</script>/"quoted"&x'
+
+
+def picture(grey):
+    out = io.BytesIO()
+    Image.new("RGB", (64, 36), (grey, grey, grey)).save(out, "JPEG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run of five messages: three arrived, one of them a picture, and a topic is written to break the page."""
+    street = Sent(
+        topic="vehicle/camera/front",
+        payload=picture(200),
+        country="CN",
+        objects=(("person", 5, 5, 20, 30), ("plate", 30, 20, 40, 25)),
+        recorded_ns=2 * SECOND,
+        captured_ns=12 * SECOND,
+    )
+    topics = ["vehicle/telemetry/speed", "vehicle/telemetry/speed", HOSTILE, "vehicle/gnss"]
+    sent = [
+        Sent(
+            topic=topic, payload=b"%d" % number, country="CN", recorded_ns=number * SECOND, captured_ns=number * SECOND
+        )
+        for number, topic in enumerate(topics)
+    ]
+    sent.append(street)
+    verdict = Verdict(
+        problems=["<b>something</b> went wrong"],
+        deliveries=[
+            Delivery(sent=0, broker="cn", time_ns=SECOND // 50, tag="cn"),
+            Delivery(sent=1, broker="hk", time_ns=3 * SECOND, tag="hk"),
+            Delivery(sent=4, broker="cn", time_ns=13 * SECOND, tag="cn"),
+        ],
+        pictures=[
+            Redacted(
+                broker="cn",
+                sent=street,
+                data=picture(10),
+                width=64,
+                height=36,
+                claimed={"person": 1},
+                hits=(("person", True), ("plate", False)),
+            )
+        ],
+    )
+    run = RunFile(
+        format=FORMAT,
+        title="test & drive",
+        created="2026-01-02T03:04:05.000000000Z",
+        provenance={"composite": "true", "track": "synthetic"},
+        problems=tuple(verdict.problems),
+        counts={"received": 5, **STATES, "breakdown": {"delivered": {"region": {"cn": 2, "hk": 1}}}},
+        policy={"version": "p-1", "sha256": "ab" * 32},
+        model="cd" * 32,
+        audit="rows 1 to 9 intact",
+        replay={"sent": 5},
+        events=events_of(sent, verdict, 0),
+        track=((0.0, 22.53, 114.06), (4.0, 22.50, 114.07)),
+        pictures=pictures_of(verdict, 0),
+    )
+    save(tmp_path / "run", run, verdict)
+    return tmp_path / "run"
+
+
+class Elements(HTMLParser):
+    """Names and attributes of all elements, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_run_file_comes_back_as_it_was_kept(folder):
+    kept = load(folder)
+    assert kept.events[0] == Event(
+        second=0, topic="vehicle/telemetry/speed", country="CN", brokers=("cn",), latency_ms=20.0, tag="cn"
+    )
+    assert [one.brokers for one in kept.events] == [("cn",), ("hk",), (), (), ("cn",)]
+    assert kept.events[4].latency_ms == 1000
+    assert (folder / PICTURES / kept.pictures[0].after).read_bytes() == picture(10)
+
+
+def test_page_says_what_happened_and_names_the_evidence(folder):
+    text = Elements(page(load(folder), folder / PICTURES)).text
+    for wanted in (
+        "FAILED",
+        "Composite recording",
+        "5 received = 3 delivered + 0 pending + 1 held + 1 refused + 0 expired + 0 evicted",
+        "<b>something</b> went wrong",
+        "rows 1 to 9 intact",
+        "ab" * 32,
+        "cd" * 32,
+        "masked: person 1",
+    ):
+        assert wanted in text
+
+
+def test_page_asks_for_nothing_outside_itself_and_escapes_what_it_shows(folder):
+    html = page(load(folder), folder / PICTURES)
+    elements = Elements(html)
+    assert "default-src 'none'" in html
+    assert "<script>alert" not in html
+    assert sum(tag == "script" for tag, _ in elements.found) == 1
+    sources = [attrs[key] for _, attrs in elements.found for key in ("src", "href") if key in attrs]
+    assert len(sources) == 2
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert base64.b64decode(sources[1].partition(",")[2]) == picture(10)
+
+
+def test_dots_of_the_map_are_where_the_fixes_around_them_say():
+    projection = Projection([(22.0, 114.0), (22.1, 114.0)])
+    x, y = projection.xy(22.05, 114.0)
+    assert (x, y) == (450.0, pytest.approx(projection.height / 2, abs=0.1))
+    assert projection.xy(22.06, 114.0)[1] < y
+    event = Event(second=5, topic="t", country="CN", brokers=(), latency_ms=None, tag="")
+    assert [(one.latitude, one.fate) for one in places_of([event], [(0, 22.0, 114.0), (10, 22.1, 114.0)])] == [
+        (pytest.approx(22.05), "kept")
+    ]
+    assert places_of([event], []) == []
+
+
+def test_histogram_counts_every_latency_once():
+    drawn = histogram_svg("latency", [0.0, 1, 1.1, 15, 250, 4000])
+    assert sum(int(count) for count in re.findall(r"<title>(\d+)</title>", drawn)) == 6
+
+
+def test_command_writes_the_page_and_says_when_there_is_no_run(folder, tmp_path, capsys):
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").stat().st_size > 5000
+    assert main(["report", str(tmp_path)]) == 3
+    assert "run.json" in capsys.readouterr().err
+
+
+@contextmanager
+def browser(profile):
+    """Headless Chromium on a pipe of the DevTools protocol; yields a function that calls one of its methods."""
+    to_child, from_us = os.pipe()
+    from_child, to_us = os.pipe()
+
+    # Above the numbers that the protocol wants, so that none is overwritten before it is copied.
+    to_child, to_us = (fcntl.fcntl(one, fcntl.F_DUPFD, 10) for one in (to_child, to_us))
+
+    def pipes():
+        os.dup2(to_child, 3)
+        os.dup2(to_us, 4)
+
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+    process = subprocess.Popen(
+        [CHROMIUM, *flags, "about:blank"],
+        preexec_fn=pipes,  # noqa: PLW1509 - the protocol wants descriptors 3 and 4; the test has no threads
+        pass_fds=(3, 4),
+        close_fds=True,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(to_child)
+    os.close(to_us)
+    try:
+        with open(from_us, "wb") as writer, open(from_child, "rb") as reader:  # noqa: PTH123 - descriptors
+            yield Protocol(writer, reader)
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Protocol:
+    """Calls and events of the DevTools protocol, zero-terminated JSON."""
+
+    def __init__(self, writer, reader):
+        self._writer, self._reader = writer, reader
+        self._number = 0
+        self.session = None
+        self.events = []
+
+    def call(self, method, **parameters):
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        message |= {"sessionId": self.session} if self.session else {}
+        self._writer.write(json.dumps(message).encode() + b"\0")
+        self._writer.flush()
+        while True:
+            answer = self._read()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def wait(self, method):
+        while not any(event["method"] == method for event in self.events):
+            self.events.append(self._read())
+
+    def evaluate(self, expression):
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def _read(self):
+        data = b""
+        while not data.endswith(b"\0"):
+            piece = self._reader.read(1)
+            assert piece, "the browser ended"
+            data += piece
+        return json.loads(data[:-1])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_page_works_in_a_browser_without_an_error_or_a_request(folder, tmp_path):
+    main(["report", str(folder)])
+    url = (folder / "report.html").as_uri()
+    with browser(tmp_path / "profile") as page:
+        target = page.call("Target.createTarget", url="about:blank")["targetId"]
+        page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            page.call(f"{domain}.enable")
+        page.call("Page.navigate", url=url)
+        page.wait("Page.loadEventFired")
+        assert page.evaluate("document.getElementById('shown').textContent") == "messages shown: 5"
+        change_topic = "topic.value = 'vehicle/gnss'; topic.dispatchEvent(new Event('change'))"
+        page.evaluate(change_topic)
+        assert page.evaluate("document.getElementById('shown').textContent") == "messages shown: 1"
+        visible = "document.querySelectorAll('.map .dots:not(.off)').length"
+        assert page.evaluate(visible) == 1
+        page.evaluate("topic.value = ''; topic.dispatchEvent(new Event('change'))")
+        page.evaluate("document.querySelector('input[data-fate=kept]').focus()")
+        press(page, " ")
+        assert page.evaluate("document.getElementById('shown').textContent") == "messages shown: 3"
+        page.evaluate("document.querySelector('.picture input[type=range]').focus()")
+        before = page.evaluate("getComputedStyle(document.querySelector('.after')).clipPath")
+        press(page, "ArrowRight")
+        after = page.evaluate("getComputedStyle(document.querySelector('.after')).clipPath")
+        assert before != after
+        assert page.evaluate("document.querySelectorAll('.boxes .hit, .boxes .miss').length") == 2
+    wrong = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+    assert [event for event in page.events if event["method"] in wrong] == []
+    requests = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
+    assert [one for one in requests if not one.startswith(("file:", "data:"))] == []
+
+
+def press(page, key):
+    codes = {" ": ("Space", 32, " "), "ArrowRight": ("ArrowRight", 39, "")}
+    code, number, text = codes[key]
+    for kind in ("keyDown", "keyUp"):
+        page.call("Input.dispatchKeyEvent", type=kind, key=key, code=code, windowsVirtualKeyCode=number, text=text)
