@@ -172,6 +172,34 @@ def test_a_cut_envelope_is_refused_at_every_length():
         unpack(packed + b"\0")
 
 
+def _outer(payload, **changes):
+    return {"payload": payload, "payloadType": wire.PAYLOAD_TYPE, "signatures": [], **changes}
+
+
+def test_the_same_event_in_any_other_encoding_is_refused():
+    plain = unpack(pack(SAMPLE, b"data", None))
+    event = {**texts(SAMPLE), "data": b"data"}
+    canonical = dict(sorted(event.items()))
+    assert unpack(msgpack.packb(_outer(msgpack.packb(canonical)))) == plain
+    long_form = plain.payload.replace(b"\xc4\x04data", b"\xc5\x00\x04data")
+    assert msgpack.unpackb(long_form) == canonical
+    for packed in (
+        _outer(msgpack.packb(dict(sorted(event.items(), reverse=True)))),
+        _outer(long_form),
+        _outer(plain.payload, more=1),
+        dict(reversed(_outer(plain.payload).items())),
+    ):
+        with pytest.raises(EnvelopeError, match="form"):
+            unpack(msgpack.packb(packed))
+    with pytest.raises(EnvelopeError, match="form"):
+        unpack(pack(SAMPLE, bytes(200), None).replace(b"\x83\xa7payload", b"\xde\x00\x03\xa7payload"))
+
+
+def test_an_unknown_payload_type_is_refused():
+    with pytest.raises(EnvelopeError, match="payloadType"):
+        unpack(msgpack.packb(_outer(b"", payloadType=wire.PAYLOAD_TYPE.replace("v1", "v2"))))
+
+
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_raise_nothing_but_an_envelope_error(junk):
     with pytest.raises(EnvelopeError):

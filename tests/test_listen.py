@@ -161,7 +161,9 @@ async def test_a_backlog_larger_than_the_queue_does_not_keep_a_listener_from_sub
         await _received(options)
         await asyncio.to_thread(stream.publish, broker.port, [stream.outgoing(one, b"{}") for one in records])
         board = await _received(dataclasses.replace(options, idle_s=None, count=len(records)))
+        rest = await _received(dataclasses.replace(options, idle_s=0.5))
     assert board.good == len(records)
+    assert rest.verdicts.total() == 0, "what was acknowledged does not come again"
 
 
 async def _received(options):
