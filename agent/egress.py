@@ -12,6 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import ipaddress
 import socket
@@ -26,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from agent.errors import EndpointError
 from agent.mqtt import Connection
 from agent.packets import Session
+from agent.threads import beside
 
 if TYPE_CHECKING:  # paho defines it for type checkers only
     from paho.mqtt.client import SocketLike
@@ -81,12 +83,12 @@ async def resolve(rules: PeerRules) -> tuple[str, ...]:
 
     A host that is an address asks no resolver. Cancelling is safe.
     """
-    loop = asyncio.get_running_loop()
+    ask = functools.partial(socket.getaddrinfo, rules.host, rules.port, type=socket.SOCK_STREAM)
     try:
         async with asyncio.timeout(RESOLVE_SECONDS):
-            found = await loop.getaddrinfo(rules.host, rules.port, type=socket.SOCK_STREAM)
-    except (OSError, TimeoutError) as exc:
-        raise EndpointError(f"{rules.host}: cannot be resolved: {exc}") from exc
+            found = await beside(ask, name=f"resolve-{rules.host}")
+    except (OSError, TimeoutError, UnicodeError) as exc:
+        raise EndpointError(f"{rules.host}: cannot be resolved: {exc or type(exc).__name__}") from exc
     addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
     outside = [address for address in addresses if not permitted(address, rules)]
     if outside or not addresses:

@@ -4,6 +4,7 @@ import functools
 import ipaddress
 import socket
 import ssl
+import threading
 import types
 from contextlib import asynccontextmanager
 
@@ -38,20 +39,21 @@ def server(authority):
 
 @pytest.fixture
 def dns(monkeypatch):
-    """What names resolve to; every question is noted in `asked`."""
-    answers = {HOST: [HERE]}
+    """What names resolve to; every question is noted in `asked`. Addresses are what they are."""
+    answers, real = {HOST: [HERE], "asked": []}, socket.getaddrinfo
 
-    async def getaddrinfo(_loop, host, port, **_options):
-        answers.setdefault("asked", []).append(host)
-        found = answers.get(host, [host])
-        if isinstance(found, OSError):
-            raise found
+    def getaddrinfo(host, port, *numbers, **options):
+        if host not in answers:
+            return real(host, port, *numbers, **options)
+        answers["asked"].append(host)
+        if isinstance(answers[host], OSError):
+            raise answers[host]
         return [
             (socket.AF_INET6 if ":" in name else socket.AF_INET, socket.SOCK_STREAM, 6, "", (name, port))
-            for name in found
+            for name in answers[host]
         ]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     return answers
 
 
@@ -268,14 +270,21 @@ async def test_name_that_cannot_be_resolved_is_an_endpoint_error(rules, patience
             await dial(rules(port=1), SESSION)
 
 
-async def test_resolver_that_never_answers_is_given_up(rules, monkeypatch):
-    async def silence(*_, **__):
-        await asyncio.Event().wait()
+async def test_resolver_that_never_answers_is_given_up_and_holds_nothing_else_up(rules, monkeypatch, patience):
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(patience) and [])
+    monkeypatch.setattr(egress, "RESOLVE_SECONDS", 0.05)
+    async with asyncio.timeout(patience):
+        errors = await asyncio.gather(*(dial(rules(port=1), SESSION) for _ in range(40)), return_exceptions=True)
+        assert all("cannot be resolved" in str(error) for error in errors)
+        assert await asyncio.to_thread(lambda: "the loop's threads are free") == "the loop's threads are free"
+    answered.set()
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", silence)
-    monkeypatch.setattr(egress, "RESOLVE_SECONDS", 0.01)
-    with pytest.raises(EndpointError, match="cannot be resolved"):
-        await dial(rules(port=1), SESSION)
+
+async def test_name_that_no_resolver_can_be_asked_for_is_an_endpoint_error(rules, patience):
+    async with asyncio.timeout(patience):
+        with pytest.raises(EndpointError, match="cannot be resolved"):
+            await dial(rules(host=f"{'a' * 64}.example.com", port=1), SESSION)
 
 
 async def test_connected_address_outside_the_networks_gets_no_byte_of_mqtt(server, rules, patience, monkeypatch):
