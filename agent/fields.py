@@ -201,7 +201,7 @@ def coarse_position(latitude: float, longitude: float, metres: float) -> tuple[f
 
 def _middle(degrees: float, step: float, limit: float) -> float:
     """The middle of the cell, cells counted from 0 as a middle; kept on Earth."""
-    return max(-limit, min(limit, round(round(degrees / step) * step, 7))) + 0.0  # no -0.0, which tells a side
+    return max(-limit, min(limit, round(round(degrees / step) * step, 7)))
 
 
 def _degrees(node: Node, limit: float) -> float:
@@ -243,11 +243,10 @@ def _floor(rule: CoarseTime) -> Change:
 
 
 def _floor_text(node: Node, seconds: int) -> str:
+    """RFC 3339 text in the zone that it came in; raises ValueError or TypeError where it is none or has no zone."""
     if not isinstance(node, str):
         raise _unfit("a time in text was expected")
     moment = datetime.fromisoformat(node)
-    if moment.tzinfo is None:
-        raise _unfit("a time with a time zone was expected")
     since = moment - datetime(1970, 1, 1, tzinfo=UTC)
     coarse = (moment - since % timedelta(seconds=seconds)).isoformat()
     return coarse.removesuffix("+00:00") + "Z" if node.endswith(("Z", "z")) else coarse

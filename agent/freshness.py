@@ -2,8 +2,8 @@
 
 A receiver's time and monotonic time run alike, so stated time minus monotonic arrival is constant but for delays: the
 largest value of late is the freshest message, and every other one is late by the difference. That says nothing before
-the source has been heard for a while: until then a fix is as old as the wall clock makes it, and without a wall clock
-it may be of any age. A stated time that is wrong makes fixes late, never fresh, for at most twice the window.
+the source has been heard for a while: until then a fix is as old as the wall clock and the broker make it, and without
+a wall clock it may be of any age. A stated time that is wrong makes fixes late, never fresh, for at most two windows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Freshness:
         self._last_ns = 0
 
     def late_ns(self, stated_ns: int | None, message: Message) -> int:
-        """The longest time in ns that the fix may have been under way; never less than the broker made it wait."""
+        """The longest time in ns that the fix may have been under way before the message arrived."""
         if stated_ns is None:
             return message.wait_ns
         offset, now_ns = stated_ns - message.monotonic_ns, message.monotonic_ns
@@ -42,7 +42,7 @@ class Freshness:
         late = max(0, max(offset, highest if highest is not None else offset) - offset)
         if now_ns - self._risen_ns >= self._settle_ns:
             return late if late > TOLERANCE_NS else 0
-        return max(late, _age_ns(stated_ns, message))
+        return max(late, _age_ns(stated_ns, message), message.wait_ns)
 
     def _turn(self, now_ns: int) -> None:
         """Begin a new window, or begin anew after a silence of more than one."""

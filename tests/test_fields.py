@@ -6,7 +6,7 @@ import math
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.errors import RefusedError
@@ -100,12 +100,13 @@ def test_a_coarse_position_is_within_half_a_diagonal(latitude, longitude, metres
     assert sphere_m((latitude, longitude), coarse) <= metres * math.sqrt(0.5) * 1.05
 
 
-@given(place=places, metres=st.floats(100, 10_000), east=st.floats(-0.5, 0.5), north=st.floats(-0.5, 0.5))
-def test_a_whole_cell_has_one_coarse_position(place, metres, east, north):
+@example(place=(60.0, 10.0), metres=1_000.0, east=0.45, north=0.45)
+@given(place=places, metres=st.floats(100, 10_000), east=st.floats(-0.49, 0.49), north=st.floats(-0.49, 0.49))
+def test_a_cell_is_as_many_metres_wide_as_was_asked_for(place, metres, east, north):
     latitude, longitude = coarse_position(min(max(place[0], -80), 80), min(max(place[1], -170), 170), metres)
-    side = 0.98 * metres / 111_700  # degrees; no degree of latitude is longer
-    inside = (latitude + north * side, longitude + east * side)
-    assert coarse_position(*inside, metres) == (latitude, longitude)
+    inside = latitude + north * metres / 111_700  # metres per degree near a pole: no degree of latitude is longer
+    eastward = longitude + east * metres / (111_320 * math.cos(math.radians(inside)))
+    assert coarse_position(inside, eastward, metres) == (latitude, longitude)
 
 
 def test_a_coarse_position_does_not_tell_the_side_of_the_equator():
@@ -260,6 +261,11 @@ def test_untouched_msgpack_values_keep_their_types():
         7: None,
     }
     assert through_msgpack({**document, "vin": "x"}, drop=("/vin",)) == document
+
+
+def test_msgpack_text_that_is_not_utf8_stays_as_it_is():
+    payload = b"\x82\xa1a\xa2\xff\xfe\xa1b\x01"
+    assert apply_field_rules(payload, FieldRules(drop=("/b",))) == b"\x81\xa1a\xa2\xff\xfe"
 
 
 def test_a_msgpack_key_of_bytes_or_of_digits_is_found():

@@ -305,6 +305,10 @@ def test_a_retained_fix_is_as_old_as_it_says():
     assert doubts[1:] == [0, 0, 0]
 
 
+def test_a_first_fix_is_at_least_as_late_as_the_broker_may_have_made_it():
+    assert stream(FixReader(FULL), [START], [0], wait=30) == [30]
+
+
 def test_fixes_that_were_queued_are_late_until_the_source_is_live():
     stated = [START - 60 + t for t in range(60)] + [START + t for t in range(1, 6)]
     arrivals = [t * 0.001 for t in range(60)] + list(range(1, 6))
