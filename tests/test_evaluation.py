@@ -12,6 +12,7 @@ from agent.messages import Box
 from tools.__main__ import main
 from tools.evaluate import chosen, record
 from tools.evaluation.baselines import baselines
+from tools.evaluation.card import CLOSING, OPENING
 from tools.evaluation.contest import Contestant, facts_of, outcome
 from tools.evaluation.judgement import NEVER, Found, judge, masked_outside
 from tools.evaluation.latency import timed
@@ -331,12 +332,19 @@ def test_one_command_measures_chooses_and_writes(tmp_path, monkeypatch, capsys):
     (tmp_path / "set" / "one.txt").write_text("0 0.5 0.5 0.4 0.5")
     (tmp_path / "m.json").write_text("{}")
     words = ["evaluate", str(tmp_path / "set"), "--manifest", str(tmp_path / "m.json"), "--classes", "face"]
+    (tmp_path / "card.md").write_text(f"Before.\n\n{OPENING}\nYESTERDAY\n{CLOSING}\n\nAfter.\n")
     files = ["--json", str(tmp_path / "out.json"), "--misses", str(tmp_path / "misses.png")]
+    files += ["--card", str(tmp_path / "card.md")]
     assert main([*words, "--no-baselines", "--choose", *files]) == 0
     assert "Annex B, m, face: met; too few" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text())["detectors"]["m"]["classes"]["face"]["recall"]["rate"] == 1
     assert json.loads((tmp_path / "m.json").read_text())["thresholds"] == {"face": 0.05}
     assert (tmp_path / "misses.png").is_file()
+    card = (tmp_path / "card.md").read_text()
+    assert card.startswith("Before.")
+    assert card.endswith("After.\n")
+    assert "YESTERDAY" not in card
+    assert "100.0 (>= 20.6)" in card
 
 
 def test_baseline_that_is_not_there_is_named_and_left_out(tmp_path, monkeypatch):

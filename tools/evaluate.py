@@ -20,6 +20,7 @@ from rich.progress import track
 from agent.detector import Detector
 from agent.messages import Box
 from tools.evaluation.baselines import baselines, find
+from tools.evaluation.card import with_tables
 from tools.evaluation.contest import (
     LOWEST,
     Contestant,
@@ -55,6 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--latency", action="store_true", help="time one pass next to CenterFace")
     parser.add_argument("--json", type=Path, help="write everything measured here")
+    parser.add_argument("--card", type=Path, help="write the tables into this Markdown file, between its marks")
     parser.add_argument("--misses", type=Path, help="write a contact sheet of the misses here; it shows people")
     parser.set_defaults(run=run)
 
@@ -106,6 +108,8 @@ def _write(
     if args.choose:
         for path, name in zip(args.manifest, names, strict=True):
             record(path, result["detectors"][name])
+    if args.card and names:
+        args.card.write_text(with_tables(args.card.read_text(), result, names))
     if args.misses and names:
         thresholds = {label: part["threshold"] for label, part in _classes(result["detectors"][names[0]]).items()}
         misses(outcomes[names[0]], thresholds).save(args.misses)
