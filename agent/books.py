@@ -39,18 +39,22 @@ class Delta:
 
 @dataclass(slots=True)
 class Ring:
-    """The last packet identifiers of one session, oldest first."""
+    """The last PUBLISHes of one session: `mids` gives their number in the session and their digest, oldest first."""
 
     taken: int = 0
-    mids: dict[int, bytes] = field(default_factory=dict)
+    mids: dict[int, tuple[int, bytes]] = field(default_factory=dict)
 
     def add(self, mid: int, digest: bytes, window: int) -> None:
-        """Remember one more; the oldest beyond the window is forgotten."""
+        """Remember one more; what lies more than `window` PUBLISHes back is forgotten."""
         self.taken += 1
         self.mids.pop(mid, None)
-        self.mids[mid] = digest
-        if len(self.mids) > window:
-            del self.mids[next(iter(self.mids))]
+        self.mids[mid] = (self.taken, digest)
+        while self.mids[oldest := next(iter(self.mids))][0] <= self.taken - window:
+            del self.mids[oldest]
+
+    def digests(self) -> dict[int, bytes]:
+        """Packet identifiers and digests."""
+        return {mid: digest for mid, (_, digest) in self.mids.copy().items()}
 
 
 @dataclass(slots=True)
@@ -74,7 +78,7 @@ class Books:
     def recorded(self, key: IntakeKey) -> bool:
         """Whether this very PUBLISH is durable already."""
         ring = self.rings.get(key.session)
-        return ring is not None and ring.mids.get(key.mid) == key.digest
+        return ring is not None and ring.mids.get(key.mid, (0, b""))[1] == key.digest
 
     @property
     def audit_bytes(self) -> int:
@@ -137,6 +141,6 @@ def load(connection: sqlite3.Connection, window: int) -> Books:
     )
     for session, n, mid, digest in connection.execute("SELECT session, n, mid, digest FROM intake ORDER BY n"):
         ring = books.rings.setdefault(session, Ring())
+        ring.taken = n - 1
         ring.add(mid, digest, window)
-        ring.taken = n
     return books

@@ -234,7 +234,7 @@ class Ledger:
     def recent_intake(self, session: str) -> dict[int, bytes]:
         """Packet identifiers and digests of the last PUBLISHes of a session."""
         ring = self._books.rings.get(session)
-        return dict(ring.mids) if ring else {}
+        return ring.digests() if ring else {}
 
     def sweep(self, now_ns: int | None, *, monotonic_ns: int = 0, boot_id: str = "") -> SweepResult:
         """Expire, seal and bound the audit chain, give space back; call it every few seconds. Works on a full disk.

@@ -109,7 +109,7 @@ def _carry_books(books: Books, delta: Delta) -> None:
             tally.add(delta.cells, name, number, size)
     delta.meta.update({name: value for name, value in books.meta.items() if name.startswith("note.")})
     for session, ring in books.rings.items():
-        delta.intakes += [IntakeKey(session=session, mid=mid, digest=digest) for mid, digest in ring.mids.items()]
+        delta.intakes += [IntakeKey(session=session, mid=mid, digest=digest) for mid, digest in ring.digests().items()]
 
 
 def _restore(transaction: Transaction, spooled: Spooled, *, counted: bool) -> None:
