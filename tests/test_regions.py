@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agent import geojson
 from agent.errors import ConfigError
 from agent.geodesy import sphere_m
 from agent.guards import Guards, Override
@@ -342,6 +343,8 @@ def set_ring(*positions):
         (set_ring([10, 50], [11, 91], [11, 51], [10, 50]), ["ring 0 position 1", "91"]),
         (set_ring([10, 50], [11, "51"], [11, 51], [10, 50]), ["ring 0 position 1", "'51'"]),
         (set_ring([10, 50], [11, True], [11, 51], [10, 50]), ["ring 0 position 1"]),
+        (set_ring([10, 50], [10**400, 50], [11, 51], [10, 50]), ["ring 0 position 1"]),
+        (set_ring([10, 50], [math.nan, 50], [11, 51], [10, 50]), ["ring 0 position 1"]),
         (set_ring([10, 50], [11], [11, 51], [10, 50]), ["ring 0 position 1", "[11]"]),
         (set_ring([10, 50], [11, 50], [12, 50], [10, 50]), ["ring 0", "no area"]),
         (set_ring([0, 0], [2, 2], [2, 0], [0, 3], [0, 0]), ["ring 0", "cross"]),
@@ -353,6 +356,12 @@ def test_a_mistake_in_the_users_geojson_is_named(change, names):
     with pytest.raises(ConfigError) as caught:
         RegionMap.from_geojson(broken(change), file="mine.geojson")
     assert all(name in str(caught.value) for name in ["mine.geojson", *names]), str(caught.value)
+
+
+def test_a_map_that_is_too_large_is_a_configuration_error(monkeypatch):
+    monkeypatch.setattr(geojson, "MAX_VERTICES", 9)
+    with pytest.raises(ConfigError, match="at most 9 vertices"):
+        RegionMap.from_geojson(broken(lambda _: None))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"type": "FeatureCollection"}'])
