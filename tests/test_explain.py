@@ -29,6 +29,7 @@ class = "picture"
 topic = "car/telemetry/tyres"
 action = "forward"
 class = "owned"
+fields = { drop = ["/wear"] }
 [[rules]]
 topic = "car/telemetry/contract"
 action = "forward"
@@ -176,6 +177,7 @@ def test_topic_that_is_refused_or_unknown_says_by_which_rule(ask):
 
 def test_class_that_is_bound_to_the_registration_asks_its_region_too(ask):
     found = ask("car/telemetry/tyres", "--at", SHENZHEN)
+    assert found["fields"] == ["drop /wear"]
     assert found["class"] == ["owned: live, kept for 604800 s, held for 3600 s, bound to the registration"]
     assert found["permits"] == ["cn: cn hk", "hk: hk (registered in HK)"]
     assert found["decision"] == ["publish to hk"]

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -6,9 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from worlds import COUNTRIES, SEA, STRIPE_M, Drive, Stripes, country, fix, lie, message
 
+from agent.envelope import unpack
 from agent.errors import RefusedError
 from agent.inspection import InspectionLimits
-from agent.messages import Hold, Message, Publish, Record, State
+from agent.messages import Basis, Hold, Message, Publish, Record, State
 from agent.pipeline import Identity, Pipeline, Stamp
 from agent.policy import UNLISTED, Policy
 from agent.policy_config import DataClass, Endpoint, PolicyConfig, Region, Rule
@@ -283,6 +285,46 @@ def test_held_record_is_narrowed_and_never_widened():
     released = line.release(record, narrow, ("a",), 1)
     standing(line, range(100, 110), x=4500.0)
     assert line.narrowed(released) is None, "where the car went later says nothing about the capture"
+
+
+def test_held_record_expires_after_the_hold_time_and_a_released_one_after_its_whole_life():
+    line, received = pipeline_of(LAW), message(5.0, 5.0, states_time=False)
+    plan = line.examine(received)
+    record = line.record(plan, received.payload, None, Stamp(record_id="1", sequence=0, now_ns=1000))
+    assert (record.state, record.route, record.expires_ns) == (State.HELD, (), 1000 + 3600 * 10**9)
+    standing(line, range(6, 16))
+    released = line.release(record, line.narrowed(record), ("a",), 7)
+    assert (released.state, released.route) == (State.PENDING, ("a",))
+    assert released.expires_ns == 1000 + 7 * 86_400 * 10**9
+    attributes = unpack(released.envelope).attributes
+    assert (attributes.dataregion, attributes.sequence, attributes.policyversion) == (("one",), 7, "1")
+    assert unpack(record.envelope).attributes.dataregion == ("one", "two", UNLISTED)
+
+
+def test_registration_and_a_fixed_country_stand_in_for_the_position():
+    line = pipeline_of(LAW)
+    standing(line, range(10))
+    rented = Rule(topic="car/plain", action="forward", data_class="data", basis="registration")
+    capture = line.examine(message(9.5, 9.6, states_time=False)).capture
+    for identity, rule, expected in (
+        (Identity(source="s", boot_id="boot", registration="BB"), rented, (("two",), Basis.REGISTRATION)),
+        (Identity(source="s", boot_id="boot"), rented, (("one", "two", UNLISTED), Basis.REGISTRATION)),
+        (
+            Identity(source="s", boot_id="boot", fixed_country="CC"),
+            line.policy.config.rules[1],
+            (("two",), Basis.FIXED),
+        ),
+    ):
+        found = dataclasses.replace(line, identity=identity).locate(rule, capture)
+        assert (found.regions, found.basis) == expected
+
+
+def test_only_a_record_that_rests_on_the_position_is_narrowed():
+    line, received = pipeline_of(LAW), message(5.0, 5.0, states_time=False)
+    record = line.record(line.examine(received), b"", None, Stamp(record_id="1", sequence=0, now_ns=1))
+    standing(line, range(6, 16))
+    assert line.narrowed(record) is not None
+    assert line.narrowed(dataclasses.replace(record, basis=Basis.REGISTRATION)) is None
 
 
 def test_sea_is_a_region_that_permits_nothing():

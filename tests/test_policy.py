@@ -1,4 +1,5 @@
 import tomllib
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,15 @@ def test_example_policy_permits_exactly_what_its_own_table_says():
                 compared += 1
     assert compared == len(regions) * len(raw["classes"]) * len(raw["endpoints"])
     assert not list(policy.warnings())
+
+
+def test_example_policy_permits_two_candidates_only_what_both_rows_say():
+    policy = Policy(load_policy(EXAMPLE), EXAMPLE)
+    raw = tomllib.loads(EXAMPLE.read_text())
+    for pair in combinations(sorted([*raw["regions"], UNLISTED]), 2):
+        for data_class in raw["classes"]:
+            rows = [raw["permit"].get(region, {}).get(data_class, []) for region in pair]
+            assert set(policy.permitted(pair, data_class)) == set(rows[0]) & set(rows[1]), (pair, data_class)
 
 
 def test_example_policy_never_lets_chinese_data_out_and_gives_cabin_pictures_no_route():
