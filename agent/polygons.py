@@ -2,11 +2,12 @@
 
 The file: `RBRD` and a version byte; a 4-byte little-endian length; a JSON header `{"source", "polygons":
 [[codes, [vertices per ring, ...]], ...]}`; then all vertices as little-endian int32 pairs (longitude, latitude) in
-1e-7 degrees, rings open.
+1e-7 degrees, rings open; then the SHA-256 of everything before it, because a flipped bit would move a border.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from agent.errors import ConfigError
 
 UNITS_PER_DEGREE = 10_000_000  # 1e-7 degrees: 11 mm, and 180 degrees still fit an int32
 MAGIC = b"RBRD\x01"
+DIGEST_BYTES = 32
 
 Ring = NDArray[np.int32]  # (n, 2): longitude, latitude in 1e-7 degrees, open
 
@@ -36,20 +38,23 @@ def pack_polygons(polygons: Sequence[Polygon], source: str) -> bytes:
     shape = [[list(polygon.codes), [len(ring) for ring in polygon.rings]] for polygon in polygons]
     header = json.dumps({"source": source, "polygons": shape}, separators=(",", ":")).encode()
     rings = b"".join(ring.astype("<i4").tobytes() for polygon in polygons for ring in polygon.rings)
-    return MAGIC + len(header).to_bytes(4, "little") + header + rings
+    content = MAGIC + len(header).to_bytes(4, "little") + header + rings
+    return content + hashlib.sha256(content).digest()
 
 
 def unpack_polygons(data: bytes) -> list[Polygon]:
     """The polygons of the compact file; raises ConfigError where the bytes are not one."""
+    content, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
     start = len(MAGIC) + 4
-    end = start + int.from_bytes(data[len(MAGIC) : start], "little")
+    end = start + int.from_bytes(content[len(MAGIC) : start], "little")
     try:
-        shape = json.loads(data[start:end] if data.startswith(MAGIC) else b"")["polygons"]
-        vertices = np.frombuffer(data[end:], dtype="<i4").astype(np.int32, copy=False).reshape(-1, 2)
-        polygons = list(_cut(shape, vertices))
+        if not content.startswith(MAGIC) or hashlib.sha256(content).digest() != digest:
+            raise ValueError(MAGIC)
+        shape = json.loads(content[start:end])["polygons"]
+        vertices = np.frombuffer(content[end:], dtype="<i4").astype(np.int32, copy=False).reshape(-1, 2)
+        return list(_cut(shape, vertices))
     except (ValueError, TypeError, KeyError, IndexError) as exc:
         raise ConfigError("borders", "bytes", f"{len(data)} bytes", "a whole compact border file") from exc
-    return polygons
 
 
 def _cut(shape: Sequence[tuple[list[str], list[int]]], vertices: Ring) -> Iterator[Polygon]:

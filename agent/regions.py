@@ -84,7 +84,7 @@ class RegionMap:
         return frozenset(codes) or frozenset({UNKNOWN})
 
     def outlines(self, west: float, south: float, east: float, north: float) -> Iterator[Outline]:
-        """Pieces of all borders with an edge that may enter the box (degrees), for drawing a map."""
+        """Pieces of all borders with an edge that may enter the box, for drawing a map: degrees, west below east."""
         low, high = np.array([west, south]), np.array([east, north])
         for polygon in self._polygons:
             for ring in polygon.rings:

@@ -58,6 +58,7 @@ INLAND = {
     "Dundalk": (54.000, -6.400, "IE"),
     "Belfast": (54.597, -5.930, "GB"),
     "Narva, west": (59.376, 28.130, "EE"),
+    "El Paso, two kilometres from the river": (31.770, -106.420, "US"),
     "El Paso, north-east": (31.900, -106.400, "US"),
     "Copenhagen": (55.676, 12.570, "DK"),
     "Malmo": (55.600, 13.000, "SE"),
@@ -289,6 +290,16 @@ def test_the_compact_file_gives_back_its_polygons():
 def test_a_damaged_border_file_is_an_error(damage):
     with pytest.raises(ConfigError, match="whole compact border file"):
         RegionMap.from_bytes(damage(BORDERS.read_bytes()))
+
+
+def test_a_flipped_bit_in_the_border_file_is_an_error():
+    data = bytearray(BORDERS.read_bytes())
+    for where in (4, 8, 200, len(data) // 2, len(data) - 1):
+        data[where] ^= 1
+        with pytest.raises(ConfigError):
+            RegionMap.from_bytes(bytes(data))
+        data[where] ^= 1
+    assert RegionMap.from_bytes(bytes(data)).countries == borders().countries
 
 
 def test_a_lookup_takes_at_most_200_microseconds():
