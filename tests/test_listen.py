@@ -94,11 +94,11 @@ def _seen(folder):
 @needs_mosquitto
 @pytest.mark.parametrize("listeners", [1, 2, 4])
 async def test_listeners_share_a_stream_without_loss_and_without_double_output(keys, tmp_path, listeners):
-    out, records = tmp_path / "out", [stream.record(number) for number in range(400)]
+    out, records = tmp_path / "out", [stream.record(number) for number in range(200)]
     messages = [stream.outgoing(one, stream.data_of(one.sequence)) for one in records]
     twice = [messages[at // 2] for at in range(2 * len(messages))]  # the two copies meet different listeners
     async with mosquitto(config_lines=SUBSCRIPTIONS) as broker, asyncio.timeout(SECONDS), AsyncExitStack() as stack:
-        command = _command(broker.port, keys, "--group", "g", "--out", out, "--roll-rows", 90)
+        command = _command(broker.port, keys, "--group", "g", "--out", out, "--roll-rows", 45)
         processes = [
             await stack.enter_async_context(consumer(*command, "--name", f"l{number}")) for number in range(listeners)
         ]
