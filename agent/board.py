@@ -6,18 +6,32 @@ import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+MOST_UNCERTAIN = 65_536  # ids remembered, for the count of resent records only
+
 
 @dataclass(slots=True, kw_only=True)
 class Board:
     """What the uplinks know of each other: who is down, and which records are in flight somewhere.
 
+    `uncertain` records were in flight on a connection that was lost: they may have arrived without our knowing.
     `reachable` says whether an endpoint may be connected to from where the vehicle is now.
     """
 
     down: set[str] = field(default_factory=set)
     claimed: set[str] = field(default_factory=set)
     stored: dict[str, asyncio.Event] = field(default_factory=dict)
+    uncertain: dict[str, None] = field(default_factory=dict)
     reachable: Callable[[str], bool] = lambda _endpoint: True
+
+    def doubt(self, records: Iterable[str]) -> None:
+        """These records were in flight when their connection was lost."""
+        self.uncertain.update(dict.fromkeys(records))
+        while len(self.uncertain) > MOST_UNCERTAIN:
+            del self.uncertain[next(iter(self.uncertain))]
+
+    def is_resent(self, record: str) -> bool:
+        """Whether a record that is sent now may have arrived before."""
+        return self.uncertain.pop(record, record) is None
 
     def wake(self, endpoints: Iterable[str]) -> None:
         """Tell the uplinks of these endpoints that there may be something to send."""

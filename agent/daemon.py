@@ -22,6 +22,7 @@ from agent.assembly import Setup
 from agent.board import Board
 from agent.clock import is_set
 from agent.committer import CommitOptions, Committer
+from agent.errors import AgentError, LedgerStalledError
 from agent.intake import Fixes, Intake, Inward
 from agent.ledger import Ledger
 from agent.line import Line, Numbering
@@ -74,8 +75,20 @@ async def run(setup: Setup) -> int:
     stop = _stop_on_signals()
     async with contextlib.AsyncExitStack() as stack:
         parts = await _assemble(setup, stack)
-        await _run_until(stop, parts)
+        try:
+            await _run_until(stop, parts)
+        except BaseExceptionGroup as group:
+            expected, others = group.split(AgentError)
+            if expected is None or others is not None:
+                raise
+            raise _first(expected) from group
     return 0
+
+
+def _first(group: BaseExceptionGroup[AgentError]) -> AgentError:
+    """What ended the agent, without the tasks around it."""
+    found = group.exceptions[0]
+    return _first(found) if isinstance(found, BaseExceptionGroup) else found
 
 
 async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
@@ -173,7 +186,8 @@ async def _drain(parts: Parts) -> None:
 async def _sweep_loop(parts: Parts) -> None:
     while True:
         now_ns = time.time_ns()
-        await parts.committer.sweep(now_ns if is_set(now_ns) else None)
+        with contextlib.suppress(LedgerStalledError):  # the status says so; the next sweep tries again
+            await parts.committer.sweep(now_ns if is_set(now_ns) else None)
         await asyncio.sleep(SWEEP_SECONDS)
 
 
@@ -199,13 +213,19 @@ async def _write_status(parts: Parts) -> None:
             name: {"connected": intake.connected, "alive_ns": intake.alive_ns} for name, intake in parts.intakes.items()
         },
         "endpoints": {
-            name: {"connected": uplink.connected, "error": uplink.last_error, "in_flight": uplink.in_flight}
+            name: {
+                "connected": uplink.connected,
+                "error": uplink.last_error,
+                "in_flight": uplink.in_flight,
+                "resent": uplink.resent,
+            }
             for name, uplink in parts.uplinks.items()
         },
         "counts": status.as_dict(counts),
         "stalled": parts.committer.stalled,
     }
-    await asyncio.to_thread(status.write, parts.setup.status_path, content)
+    with contextlib.suppress(OSError):  # a full disk must not end the deliveries that may empty it
+        await asyncio.to_thread(status.write, parts.setup.status_path, content)
 
 
 def _model(worker: RedactionWorker) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from agent import topics
 from agent.backoff import delays
 from agent.board import Board
 from agent.committer import Committer
-from agent.entries import IntakeKey, SessionReset, Store
-from agent.errors import AgentError, LedgerError, PositionError
+from agent.entries import IntakeKey, Refused, SessionReset, Store
+from agent.errors import AgentError, LedgerEntryError, LedgerError, PositionError
 from agent.gnss import FixReader
 from agent.line import Line
 from agent.messages import Message, State
@@ -230,7 +230,11 @@ class Intake:
         if delivery.dup and key is not None and self._inward.committer.ledger.recorded(key):
             return
         entry = await self._inward.line.entry(message, key)
-        await self._inward.committer.submit(entry)
+        try:
+            await self._inward.committer.submit(entry)
+        except LedgerEntryError:
+            entry = Refused(reason="internal.error", time_ns=time.time_ns(), intake=key)
+            await self._inward.committer.submit(entry)
         if isinstance(entry, Store):
             self._inward.board.wake(entry.record.route)
             if entry.record.state is State.HELD:

@@ -2,7 +2,7 @@
 
 Invariants:
 - It takes a `Cleared`, which only `Policy.clear` makes, and only one for its own endpoint; TypeError for all else.
-- No other module makes a PUBLISH out of a record: tests/test_egress.py reads the imports.
+- No other module makes a PUBLISH out of a record: tests/test_outlet.py reads the imports.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from agent.packets import Outgoing, Puback
 from agent.policy import Cleared
 
 SECOND = 10**9
-PACKET_SLACK = 4096  # bytes of an MQTT packet besides the payload: topic, properties, headers
-TOO_LARGE = Puback(code=0x95)  # MQTT 5.0, 2.4: Packet too large
+LONGEST_EXPIRY = 0xFFFF_FFFF  # MQTT 5.0, 3.3.2.3.3
 
 
 class Outlet:
@@ -35,13 +34,7 @@ class Outlet:
         if not isinstance(cleared, Cleared) or cleared.endpoint != self._endpoint:
             msg = f"not cleared for {self._endpoint}"
             raise TypeError(msg)
-        outgoing = self._outgoing(cleared.record, now_ns)
-        largest = self._connection.maximum_packet_size
-        if largest is None or len(outgoing.payload) <= largest - PACKET_SLACK:
-            return self._connection.publish(outgoing)
-        refused: asyncio.Future[Puback] = asyncio.get_running_loop().create_future()
-        refused.set_result(TOO_LARGE)
-        return refused
+        return self._connection.publish(self._outgoing(cleared.record, now_ns))
 
     def _outgoing(self, record: Record, now_ns: int) -> Outgoing:
         opened = envelope.unpack(record.envelope)
@@ -51,5 +44,5 @@ class Outlet:
             payload=opened.data if self._binary else record.envelope,
             content_type=attributes.datacontenttype if self._binary else envelope.CONTENT_TYPE,
             properties=envelope.properties(attributes, opened.signature if self._binary else None),
-            expiry_s=max((record.expires_ns - now_ns) // SECOND, 1),
+            expiry_s=min(max((record.expires_ns - now_ns) // SECOND, 1), LONGEST_EXPIRY),
         )

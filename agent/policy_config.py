@@ -44,6 +44,9 @@ class Endpoint(Table, frozen=True, kw_only=True):
     ack_timeout_s: Annotated[Seconds, Meta(description="Without any PUBACK for so long the connection is renewed")] = (
         20.0
     )
+    backlog_bytes_per_s: Annotated[
+        int, Meta(ge=0, description="At most so fast does a backlog drain; live records are not limited; 0: no limit")
+    ] = 0
 
 
 class DataClass(Table, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ import logging
 import time
 
 from agent.entries import Entry, Released, Spooled, Withdrawn
+from agent.errors import LedgerStalledError
 from agent.intake import Inward
 from agent.messages import Hold, Publish
 
@@ -27,7 +28,10 @@ class Resolver:
         while True:
             await self._inward.fixes.arrived.wait()
             self._inward.fixes.arrived.clear()
-            await self._pass()
+            try:
+                await self._pass()
+            except LedgerStalledError:
+                self._inward.fixes.arrived.set()  # the disk does not answer now: begin again later
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def _pass(self) -> None:

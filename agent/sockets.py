@@ -33,6 +33,8 @@ class Gauge:
         self._acknowledged = self.acknowledged()
         self._moved = -math.inf
         sock.setsockopt(socket.IPPROTO_TCP, NOTSENT_LOWAT, UNSENT_BYTES)
+        # Nagle's algorithm would hold each record, and each PUBACK, back until the peer has answered the one before.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def unseen_ns(self, now_ns: int) -> int:
         """How long bytes that are read now may have lain in the socket; 0 unless the process stood still."""

@@ -190,6 +190,7 @@ def uplink(setup: Setup, name: str) -> UplinkOptions:
         wire=endpoint.wire,
         in_flight=endpoint.in_flight,
         ack_timeout_s=endpoint.ack_timeout_s,
+        backlog_bytes_per_s=endpoint.backlog_bytes_per_s,
     )
 
 

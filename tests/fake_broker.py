@@ -147,7 +147,10 @@ class Session:
         return self._mid
 
     def disconnect(self, code, packed=b"\0"):
+        """Send DISCONNECT; nothing that comes after it is looked at."""
         self.send(packet(DISCONNECT, bytes([code]) + packed))
+        self.ended.set()
+        self.writer.close()
 
     def abort(self):
         """A TCP reset."""
@@ -160,8 +163,9 @@ class Session:
                 head = (await self.reader.readexactly(1))[0]
                 size = await self._remaining()
                 data = await self._body(size)
+                if self.ended.is_set():
+                    break
                 self._handle(head, Body(data), size + 1 + len(varint(size)))
-        self.writer.close()
         self.ended.set()
 
     async def _remaining(self):
@@ -277,9 +281,11 @@ class FakeBroker:
     async def accept(self, reader, writer):
         self.connections += 1
         session = Session(self.connections, reader, writer, self)
-        task = asyncio.current_task()
-        self.group.append(task)
-        await session.serve()
+        self.group.append(asyncio.current_task())
+        try:
+            await session.serve()
+        finally:
+            writer.transport.abort()
 
 
 @asynccontextmanager
