@@ -102,10 +102,12 @@ def _properties(message: Outgoing) -> Properties:
     return found
 
 
-def publish(port: int, messages: Iterable[Outgoing], *, protocol: int = mqtt.MQTTv5, username: str = "") -> None:
-    """Publish at QoS 1 and return once every PUBACK is there."""
-    client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=protocol)
+def publish(port: int, messages: Iterable[Outgoing], *, username: str = "", ca_file: Path | None = None) -> None:
+    """Publish at QoS 1 over MQTT 5 and return once every PUBACK is there."""
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
     client.username_pw_set(username or None)
+    if ca_file is not None:
+        client.tls_set(str(ca_file))
     client.max_queued_messages_set(0)
     client.connect("127.0.0.1", port)
     client.loop_start()
@@ -116,7 +118,7 @@ def publish(port: int, messages: Iterable[Outgoing], *, protocol: int = mqtt.MQT
                 one.payload,
                 qos=1,
                 retain=one.retain,
-                properties=_properties(one) if protocol == mqtt.MQTTv5 else None,
+                properties=_properties(one),
             )
             for one in messages
         ]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import stream
+from authority import Authority
 from consumers import SECONDS, SUBSCRIPTIONS, consumer, subscribed, until
 
 from agent.packets import Outgoing, Session
@@ -237,3 +238,21 @@ async def test_a_key_may_have_a_name_of_its_own_and_mqtt_3_1_1_is_enough(keys):
         await asyncio.to_thread(stream.publish, broker.port, [stream.outgoing(stream.TELEMETRY, b"{}", signer=signer)])
         figures, status, _ = await _listened([*command, "--count", "1"])
     assert (figures["good"], status) == (1, 0)
+
+
+@needs_mosquitto
+async def test_over_tls_only_a_broker_of_the_trusted_authority_is_listened_to(keys, tmp_path):
+    good, other = Authority(tmp_path), Authority(tmp_path, "other")
+    server = good.issue("127.0.0.1")
+    lines = (f"certfile {server.cert}", f"keyfile {server.key}")
+    async with mosquitto(config_lines=lines) as broker, asyncio.timeout(SECONDS):
+        command = _command(broker.port, keys, "--name", "a")
+        await _listened([*command, "--ca-file", good.file, "--idle", "0"])
+        sent = [stream.outgoing(stream.record(1), b"{}")]
+        await asyncio.to_thread(stream.publish, broker.port, sent, ca_file=good.file)
+        _, status, told = await _listened([*command, "--ca-file", other.file, "--count", "1"])
+        figures, _, _ = await _listened([*command, "--ca-file", good.file, "--count", "1"])
+    assert status == 2
+    assert "certificate" in told
+    assert "Traceback" not in told
+    assert figures["good"] == 1
