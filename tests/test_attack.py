@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from agent.masking import areas, paint
+from agent.masking import areas, paint, whole_blocks
 from agent.messages import Box
 from agent.pictures import Fill, PictureLimits, RedactionOptions
 from agent.redaction import redact_picture
@@ -76,7 +76,9 @@ def expected(plate: Plate, text: str, fill: Fill, kind: str) -> np.ndarray:
             pixels = np.array(image.convert("RGB"))
     grey = pixels[..., 0].copy()
     height, width = grey.shape
-    paint(grey, areas([plate.box()], width, height, {}), fill, 0)
+    block = (16, 16) if kind == "JPEG" else (1, 1)  # 4:2:0
+    where = [whole_blocks(area, block, 0, width, height) for area in areas([plate.box()], width, height, {})]
+    paint(grey, where, fill, 0)
     return grey.astype(float)
 
 

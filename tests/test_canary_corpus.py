@@ -1,6 +1,7 @@
 """Each vector of the corpus hides a secret in one place; none may be found in what leaves, whatever became of it."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_no_secret_leaves(vector):
 
 
 async def test_no_secret_leaves_the_worker_process_nor_stands_in_a_log(tmp_path, caplog, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     caplog.set_level(0)
     options = WorkerOptions(manifest=tmp_path, factory="detectors:marks")
     fates = {}

@@ -183,6 +183,12 @@ def test_foxglove_compressed_image_is_redacted_in_its_field():
     assert after == message
 
 
+def test_signature_between_the_fields_of_a_protobuf_message_refuses_it():
+    field = b"\x12" + varint(len(PICTURE)) + PICTURE
+    assert swap(b"\x09" + b"harmless" + field).endswith(OTHER)
+    assert refusal(b"\x09" + b"\x89PNG\r\n\x1a\n" + field) == "picture.hidden"
+
+
 def test_picture_next_to_unreadable_bytes_is_told_as_both():
     contents = inspect(msgpack.packb({"i": PICTURE, "raw": b"\xfe" * 2000}), LIMITS)
     assert (contents.pictures, contents.opaque) == (True, True)

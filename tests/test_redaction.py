@@ -23,7 +23,7 @@ from agent.redaction import redact_payload, redact_picture
 
 LIMITS, OPTIONS = PictureLimits(), RedactionOptions(margins={})
 GREY = Image.fromarray(scene()).convert("L")
-DEEP = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)
+DEEP = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 256 + 9)
 
 SOURCES = {
     "jpeg-4:2:0": saved(scene(), "JPEG", quality=80),
@@ -130,6 +130,17 @@ def test_lossless_sources_are_untouched_outside_the_masks():
         after, _ = redact_picture(SOURCES[name], find_mark, OPTIONS, LIMITS)
         assert np.array_equal(decoded(after)[~inside()], decoded(SOURCES[name])[~inside()])
         assert not decoded(after)[inside()].any()
+
+
+def test_transparent_pixels_leave_as_they_look_over_black_and_the_layer_is_gone():
+    layered = np.dstack([scene(mark=False), np.full((HEIGHT, WIDTH), 128, np.uint8)])
+    layered[:, : WIDTH // 2, 3] = 0
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
+        after, _ = redact_picture(saved(layered, kind, **options), nothing, OPTIONS, LIMITS)
+        with Image.open(io.BytesIO(after)) as image:
+            assert image.mode == "RGB"
+        assert not decoded(after)[:, : WIDTH // 2].any()
+        assert np.abs(decoded(after)[:, WIDTH // 2 :] - scene(mark=False)[:, WIDTH // 2 :] // 2).max() <= 1
 
 
 def as_stored(orientation: int) -> np.ndarray:

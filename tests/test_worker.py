@@ -27,12 +27,14 @@ HARMLESS = saved(scene(), "PNG")
 
 @pytest.fixture(autouse=True)
 def _detectors(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
 
 
 @pytest.fixture
-def options(tmp_path):
-    return WorkerOptions(manifest=tmp_path / "model.json", factory="detectors:marks", start_timeout_s=30.0)
+def options(tmp_path, patience):
+    return WorkerOptions(
+        manifest=tmp_path / "model.json", factory="detectors:marks", timeout_s=patience, start_timeout_s=2 * patience
+    )
 
 
 def poisoned() -> bytes:
@@ -91,8 +93,9 @@ async def test_worker_gives_what_the_pure_function_gives_and_logs_nothing(option
         ("nonsense", "redaction.detector"),
     ],
 )
-async def test_fault_refuses_its_picture_and_the_next_one_is_redacted(options, factory, reason):
-    given = replace(options, factory=f"detectors:{factory}", timeout_s=2.0, memory_bytes=512 << 20)
+async def test_fault_refuses_its_picture_and_the_next_one_is_redacted(options, factory, reason, patience):
+    limit_s = 1.0 if reason == "redaction.timeout" else patience
+    given = replace(options, factory=f"detectors:{factory}", timeout_s=limit_s, memory_bytes=512 << 20)
     async with RedactionWorker(given) as worker:
         assert await refusal(worker, poisoned()) == reason
         assert (await worker.redact(HARMLESS)).counts == {"person": 1}
