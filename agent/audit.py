@@ -168,11 +168,11 @@ def verify(
     blocks: Iterable[Block],
     *,
     base: Head,
-    head: Head,
+    last: int,
     seal: Seal | None = None,
     signed: Callable[[bytes, bytes], bool] | None = None,
 ) -> AuditReport:
-    """Check the chain from `base`, the last dropped row, to `head`, against its seal.
+    """Check the chain from `base`, the last dropped row, to row `last`, against its seal.
 
     `signed(message, signature)` checks the seal's signature; without it the signature is not looked at.
     """
@@ -182,8 +182,8 @@ def verify(
     problems = walk.problems
     if walk.dropped != base:
         problems.append(f"rows up to {base.n} were dropped without a checkpoint")
-    if walk.head != head:
-        problems.append(f"the chain ends at row {walk.head.n}, its head says {head.n}")
+    if walk.head.n != last:
+        problems.append(f"the chain ends at row {walk.head.n}, its count says {last}")
     problems += _seal_problems(seal, base, walk.head, signed)
     first = min(base.n + 1, walk.head.n)
     return AuditReport(

@@ -18,7 +18,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 
 from agent import audit
-from agent.books import read_base, read_cells, read_head
+from agent.books import read_base, read_meta
 from agent.errors import LedgerError
 from agent.signing import public_keys
 from agent.storage import read_only, translated
@@ -32,8 +32,8 @@ Signed = Callable[[bytes, bytes], bool]
 def export(path: Path) -> Iterator[dict[str, object]]:
     """The audit rows of the ledger at `path`, in order, each with its hash as `chain`. LedgerError: damaged."""
     with translated(path), contextlib.closing(read_only(path)) as connection:
-        base = read_base(dict(connection.execute("SELECT name, value FROM meta")))
         try:
+            base = read_base(read_meta(connection))
             yield from audit.unpack(_blocks(connection), base)
         except (ValueError, msgspec.MsgspecError) as exc:
             msg = f"{path}: audit rows are damaged: {exc}"
@@ -49,9 +49,9 @@ def verify(path: Path, signed: Signed | None = None) -> audit.AuditReport:
         except ValueError as exc:
             seal, unreadable = None, (f"the seal is not readable: {exc}",)
         connection.execute("BEGIN")  # one moment for all that is read; later than the seal, which may only be older
-        base = read_base(dict(connection.execute("SELECT name, value FROM meta")))
-        head = read_head(connection, read_cells(connection), base)
-        report = audit.verify(_blocks(connection), base=base, head=head, seal=seal, signed=signed)
+        meta = read_meta(connection)
+        written = connection.execute("SELECT number FROM counter WHERE state = 'audit'").fetchone() or (0,)
+        report = audit.verify(_blocks(connection), base=read_base(meta), last=written[0], seal=seal, signed=signed)
     return replace(report, problems=unreadable + report.problems)
 
 

@@ -8,8 +8,9 @@ backlog.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from agent import tally
 from agent.audit import GENESIS, Head
@@ -102,10 +103,47 @@ class Books:
         self.base = read_base(self.meta)
 
 
+def _typed(connection: sqlite3.Connection, query: str, *types: type) -> Iterator[tuple[Any, ...]]:
+    """Rows whose values have these types; ValueError for any other: SQLite stores what it is given."""
+    for row in connection.execute(query):
+        if tuple(map(type, row)) != types:
+            msg = f"{query}: {row!r} is nonsense"
+            raise ValueError(msg)
+        yield row
+
+
 def read_cells(connection: sqlite3.Connection) -> tally.Cells:
-    """All counters."""
-    rows = connection.execute("SELECT state, dimension, name, number, bytes FROM counter")
-    return {(state, dimension, name): (number, size) for state, dimension, name, number, size in rows}
+    """All counters. ValueError where they contradict each other or the records."""
+    rows = _typed(connection, "SELECT state, dimension, name, number, bytes FROM counter", str, str, str, int, int)
+    cells = {(state, dimension, name): (number, size) for state, dimension, name, number, size in rows}
+    counts = tally.counts(cells.items())
+    some = connection.execute("SELECT EXISTS (SELECT 1 FROM record)").fetchone() == (1,)
+    if not counts.conserved or some != (counts.pending + counts.held > 0) or min(cells.values(), default=(0, 0))[0] < 0:
+        msg = "the counters contradict each other or the records"
+        raise ValueError(msg)
+    return cells
+
+
+def read_lanes(connection: sqlite3.Connection) -> dict[Lane, int]:
+    """All lanes."""
+    rows = _typed(connection, "SELECT id, regions, route FROM lane", int, str, str)
+    return {(regions, route): lane for lane, regions, route in rows}
+
+
+def read_rings(connection: sqlite3.Connection, window: int) -> dict[str, Ring]:
+    """The last PUBLISHes of each session."""
+    rings: dict[str, Ring] = {}
+    rows = _typed(connection, "SELECT session, n, mid, digest FROM intake ORDER BY n", str, int, int, bytes)
+    for session, n, mid, digest in rows:
+        ring = rings.setdefault(session, Ring())
+        ring.taken = n - 1
+        ring.add(mid, digest, window)
+    return rings
+
+
+def read_meta(connection: sqlite3.Connection) -> dict[str, str]:
+    """Notes, and the base of the audit chain."""
+    return dict(_typed(connection, "SELECT name, value FROM meta", str, str))
 
 
 def forget_empty_lanes(connection: sqlite3.Connection) -> None:
@@ -121,26 +159,30 @@ def read_base(meta: Mapping[str, str]) -> Head:
     return Head(n=int(n), digest=bytes.fromhex(digest))
 
 
-def read_head(connection: sqlite3.Connection, cells: tally.Cells, base: Head) -> Head:
-    """The head of the audit chain: how many rows were written stands apart from the rows, so that a cut shows."""
-    last = connection.execute("SELECT digest FROM audit ORDER BY first DESC LIMIT 1").fetchone()
-    return Head(n=cells.get(AUDIT_CELL, (0, 0))[0], digest=last[0] if last else base.digest)
+def read_head(connection: sqlite3.Connection, meta: Mapping[str, str]) -> Head:
+    """The head of the audit chain: how many rows were written stands apart from the rows, so that a cut shows.
+
+    ValueError where the count is missing.
+    """
+    written = connection.execute("SELECT number FROM counter WHERE state = 'audit'").fetchone() or (0,)
+    last = connection.execute("SELECT first + count - 1, digest FROM audit ORDER BY first DESC LIMIT 1").fetchone()
+    base = read_base(meta)
+    n, digest = last or (base.n, base.digest)
+    if (type(written[0]), type(n), type(digest)) != (int, int, bytes) or max(n, base.n) > written[0]:
+        msg = f"the audit chain ends at {n!r}, its count says {written[0]!r}"
+        raise ValueError(msg)
+    return Head(n=written[0], digest=digest)
 
 
 def load(connection: sqlite3.Connection, window: int) -> Books:
     """Read the committed state; sqlite3.Error where the disk fails, ValueError where it holds nonsense."""
-    meta = dict(connection.execute("SELECT name, value FROM meta"))
-    cells, base = read_cells(connection), read_base(meta)
-    books = Books(
+    meta = read_meta(connection)
+    return Books(
         window=window,
-        cells=cells,
-        lanes={(regions, route): lane for lane, regions, route in connection.execute("SELECT * FROM lane")},
+        cells=read_cells(connection),
+        lanes=read_lanes(connection),
         meta=meta,
-        head=read_head(connection, cells, base),
-        base=base,
+        rings=read_rings(connection, window),
+        head=read_head(connection, meta),
+        base=read_base(meta),
     )
-    for session, n, mid, digest in connection.execute("SELECT session, n, mid, digest FROM intake ORDER BY n"):
-        ring = books.rings.setdefault(session, Ring())
-        ring.taken = n - 1
-        ring.add(mid, digest, window)
-    return books

@@ -42,9 +42,10 @@ from agent.entries import (
 )
 from agent.errors import LedgerEntryError, LedgerStalledError
 from agent.messages import Priority, Record
+from agent.reserve import Reserve
 from agent.salvage import salvage
 from agent.spool import Spool, serves
-from agent.storage import Reserve, beside, connect, lock, read_only, translated
+from agent.storage import beside, connect, lock, read_only, translated
 from agent.transaction import Transaction
 
 SWEEP_RECORDS = 1000  # records that one sweep ends at most, so that it holds the thread for some 50 ms

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from agent import tally
 from agent.blobs import Blobs
-from agent.books import Books, Delta, load
+from agent.books import Books, Delta, read_cells, read_lanes, read_meta, read_rings
 from agent.entries import IntakeKey, Spooled
 from agent.errors import LedgerError
-from agent.messages import State
+from agent.messages import Record, State
 from agent.spool import Spool
 from agent.storage import beside
 from agent.transaction import Transaction
@@ -41,8 +41,9 @@ class Wreck:
         self._connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
         self._deadline = time.monotonic() + SECONDS
         self.books = Books(window=1)
-        with contextlib.suppress(sqlite3.Error, ValueError, TypeError):
-            self.books = load(self._connection, 1 << 16)
+        for name, read in _PARTS.items():
+            with contextlib.suppress(sqlite3.Error, ValueError):
+                setattr(self.books, name, read(self._connection))
         self._spool = Spool(self._connection, self.books, Blobs(beside(path, ".files")))
 
     def close(self) -> None:
@@ -51,7 +52,7 @@ class Wreck:
 
     def batches(self) -> Iterator[list[Spooled]]:
         """Records by arrival; parts that cannot be read are narrowed down and left out."""
-        last = max(self.books.head.n, self._last_key())
+        last = self._last_key()
         ranges = [(0, last)] if last else []
         while ranges and time.monotonic() < self._deadline:
             after, until = ranges.pop()
@@ -66,10 +67,10 @@ class Wreck:
                 yield taken
 
     def _last_key(self) -> int:
-        try:
-            return int(self._connection.execute("SELECT coalesce(max(key), 0) FROM record").fetchone()[0])
-        except sqlite3.Error:
-            return 0
+        for query in _LAST:
+            with contextlib.suppress(sqlite3.Error, TypeError, ValueError):
+                return int(self._connection.execute(query).fetchone()[0])
+        return 0
 
 
 def salvage(path: Path, begin: Begin) -> str:
@@ -84,18 +85,18 @@ def salvage(path: Path, begin: Begin) -> str:
 
 def _carry_over(wreck: Wreck, begin: Begin) -> str:
     lost = sum(wreck.books.cells.get((state, tally.TOTAL, ""), (0, 0))[0] for state in (State.PENDING, State.HELD))
-    saved = 0
+    saved: set[str] = set()
     try:
         with begin() as transaction:
             _carry_books(wreck.books, transaction.delta)
         for batch in wreck.batches():
             with begin() as transaction:
-                for spooled in batch:
-                    _restore(transaction, spooled, counted=saved < lost)
-                    saved += 1
-    except LedgerError as exc:
-        return f"{saved} of {lost} records carried over, then: {exc}"
-    return f"{saved} of {lost} records carried over"
+                for record in (spooled.record for spooled in batch if spooled.record.id not in saved):
+                    _restore(transaction, record, counted=len(saved) < lost)
+                    saved.add(record.id)
+    except (LedgerError, ValueError, TypeError) as exc:  # nonsense that only shows when it is written
+        return f"{len(saved)} of {lost} records carried over, then: {exc}"
+    return f"{len(saved)} of {lost} records carried over"
 
 
 def _carry_books(books: Books, delta: Delta) -> None:
@@ -112,13 +113,24 @@ def _carry_books(books: Books, delta: Delta) -> None:
         delta.intakes += [IntakeKey(session=session, mid=mid, digest=digest) for mid, digest in ring.digests().items()]
 
 
-def _restore(transaction: Transaction, spooled: Spooled, *, counted: bool) -> None:
+def _restore(transaction: Transaction, record: Record, *, counted: bool) -> None:
     cells = transaction.delta.cells
     if counted:
         tally.step(cells, State.EVICTED, _NOBODY, -1, {tally.REASON: SET_ASIDE})
     else:
         tally.add(cells, (tally.RECEIVED, tally.TOTAL, ""), 1)
-    transaction.insert(spooled.record, "restored")
+    transaction.insert(record, "restored")
 
 
 _NOBODY = tally.Subject(regions="", data_class="")
+_LAST = (
+    "SELECT max(key) FROM record",
+    "SELECT number FROM counter WHERE state = 'audit'",
+    "SELECT max(first) + 1000 FROM audit",
+)
+_PARTS: dict[str, Callable[[sqlite3.Connection], object]] = {
+    "meta": read_meta,
+    "lanes": read_lanes,
+    "rings": lambda connection: read_rings(connection, 1 << 16),
+    "cells": read_cells,
+}

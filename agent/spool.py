@@ -17,6 +17,7 @@ from agent.books import Books
 from agent.entries import Spooled
 from agent.lanes import Lane
 from agent.messages import Basis, Capture, Priority, Record, State
+from agent.storage import NonsenseError
 
 _IN_LANE = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
@@ -27,6 +28,9 @@ _ALL = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequen
 _NAMED = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
     WHERE id = ?"""
+_TYPES = (int, str, int, int, str, int, int, int, str, str, int, int, int, str, int)  # of the columns up to crc
+_BASES = frozenset(Basis)
+_PRIORITIES = frozenset(Priority)
 _NO_LIMIT = (1 << 63) - 1
 
 Rows = Iterator[tuple[Any, ...]]
@@ -84,6 +88,8 @@ class Spool:
         for row in itertools.filterfalse(lambda row: row[1] in skip, rows):
             if len(taken) >= limit or (taken and max_bytes <= 0):
                 break
+            if row[2] not in lanes:
+                raise NonsenseError(f"record {row[0]} is in no lane")
             spooled = self._spooled(row, lanes[row[2]])
             if spooled is None:
                 self.damaged.append(row[0])
@@ -96,25 +102,11 @@ class Spool:
 
     def _spooled(self, row: tuple[Any, ...], lane: Lane) -> Spooled | None:
         regions, route = (tuple(part.split(by)) if part else () for part, by in zip(lane, (",", "\n"), strict=True))
-        (
-            key,
-            name,
-            _,
-            priority,
-            data_class,
-            expires,
-            recorded,
-            sequence,
-            basis,
-            topic,
-            *moment,
-            crc,
-            file,
-            envelope,
-        ) = row
-        if file is not None:
-            envelope = self._read(file)
-        if envelope is None or zlib.crc32(envelope) != crc:
+        (key, name, _, priority, data_class, expires, recorded, sequence, basis, topic, *moment, crc, file, data) = row
+        envelope = data if file is None else self._read(file)
+        if tuple(map(type, row[:15])) != _TYPES or basis not in _BASES or priority not in _PRIORITIES:
+            return None
+        if not isinstance(envelope, bytes) or zlib.crc32(envelope) != crc:
             return None
         time_ns, monotonic_ns, doubt_ns, boot = moment
         record = Record(

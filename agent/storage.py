@@ -1,4 +1,4 @@
-"""The ledger's files: opening, locking, migrating, setting aside what is damaged, and the reserve for a full disk.
+"""The ledger's files: opening, locking, migrating, and setting aside what is damaged.
 
 Invariants
 - One process at a time writes: an advisory lock on `<name>.lock` is held from opening to closing.
@@ -9,7 +9,7 @@ Invariants
   later leaves a mark (`<name>.suspect`), and the next start checks the whole file.
 
 Layout beside the database `<name>`: `<name>-wal` and `<name>-shm` (SQLite), `<name>.files/` (large envelopes),
-`<name>.seal` (sealed audit head), `<name>.reserve`, `<name>.lock`, `<name>.suspect`.
+`<name>.seal` (sealed audit head), `<name>.reserve` (`reserve`), `<name>.lock`, `<name>.suspect`.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ CREATE TABLE audit(first INTEGER PRIMARY KEY, count INTEGER NOT NULL, digest BLO
 PRAGMA application_id={APPLICATION_ID};
 """
 SMALL_TABLES = ("lane", "counter", "intake", "meta")
+NAMES = frozenset((*SMALL_TABLES, "record", "audit", "record_order", "record_file"))
 
 # What leads from each older schema to the next.
 MIGRATIONS = {
@@ -85,12 +86,19 @@ MIGRATIONS = {
     """,
 }
 
+NONSENSE = "nonsense"  # in the mark: what was found does not show in a check by SQLite
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 _DISK_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 Loaded = TypeVar("Loaded")
+
+
+class NonsenseError(sqlite3.DatabaseError):
+    """The file is a sound database that holds what no ledger writes."""
+
+    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
 
 
 def beside(path: Path, suffix: str) -> Path:
@@ -107,7 +115,7 @@ def translated(path: Path) -> Iterator[None]:
         code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
         if code in _DAMAGE:
             with contextlib.suppress(OSError):
-                beside(path, ".suspect").touch()
+                beside(path, ".suspect").write_text(NONSENSE if isinstance(exc, NonsenseError) else "")
             msg = f"{path}: damaged: {exc}"
             raise LedgerCorruptError(msg) from exc
         kind = LedgerStalledError if code in _DISK else LedgerError
@@ -165,7 +173,7 @@ def _check_size(path: Path) -> None:
     """Raise sqlite3.DatabaseError where the database is shorter than it says, before SQLite could pad it."""
     size = path.stat().st_size if path.exists() else 0
     if not size and beside(path, ".seal").exists():
-        raise _damage("the database is gone, its seal is not")
+        raise NonsenseError("the database is gone, its seal is not")
     journal = beside(path, "-wal")
     if not size or (journal.exists() and journal.stat().st_size):
         return  # new, or SQLite completes it from its journal
@@ -173,7 +181,7 @@ def _check_size(path: Path) -> None:
         header = file.read(100)  # https://www.sqlite.org/fileformat2.html: page size at 16, pages at 28
     page, pages = int.from_bytes(header[16:18], "big"), int.from_bytes(header[28:32], "big")
     if size < page * pages:
-        raise _damage(f"{size} bytes where {pages} pages of {page} should be")
+        raise NonsenseError(f"{size} bytes where {pages} pages of {page} should be")
 
 
 def read_only(path: Path) -> sqlite3.Connection:
@@ -198,7 +206,7 @@ def _open_checked(
         return connection, load(connection)
     except (ValueError, TypeError) as exc:
         connection.close()
-        raise _damage(str(exc)) from exc
+        raise NonsenseError(str(exc)) from exc
     except BaseException:
         connection.close()
         raise
@@ -211,7 +219,7 @@ def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
         msg = f"{path}: written by a newer release (schema {version}, this one knows {SCHEMA_VERSION}); left alone"
         raise LedgerError(msg)
     if version == 0 and connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-        raise _damage("it holds another program's tables")
+        raise NonsenseError("it holds another program's tables")
     return version
 
 
@@ -226,19 +234,19 @@ def _prepare_schema(connection: sqlite3.Connection, version: int) -> None:
 def _check(connection: sqlite3.Connection, path: Path) -> None:
     """Raise sqlite3.DatabaseError where the bounded check finds damage."""
     if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise _damage("it is not a ledger")
+        raise NonsenseError("it is not a ledger")
+    names = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
+    if not names >= NAMES:
+        raise NonsenseError(f"it lacks {sorted(NAMES - names)}")
     suspect = beside(path, ".suspect")
-    for check in ("quick_check",) if suspect.exists() else tuple(f"quick_check('{table}')" for table in SMALL_TABLES):
+    marked = suspect.read_text() if suspect.exists() else None
+    if marked == NONSENSE:
+        raise NonsenseError("it held nonsense")
+    for check in (f"quick_check('{table}')" for table in SMALL_TABLES) if marked is None else ("integrity_check",):
         found = connection.execute(f"PRAGMA {check}").fetchone()[0]
         if found != "ok":
-            raise _damage(str(found))
+            raise NonsenseError(str(found))
     suspect.unlink(missing_ok=True)
-
-
-def _damage(what: str) -> sqlite3.DatabaseError:
-    error = sqlite3.DatabaseError(what)
-    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-    return error
 
 
 def set_aside(path: Path) -> Path:
@@ -266,33 +274,3 @@ def _remove_family(target: Path) -> None:
     shutil.rmtree(beside(target, ".files"), ignore_errors=True)
     for suffix in ("-wal", "-shm", ".seal", ""):
         beside(target, suffix).unlink(missing_ok=True)
-
-
-class Reserve:
-    """Disk space held in a file: given up when the disk is full, taken again when it is not."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self._path = beside(path, ".reserve")
-        self._size = size
-
-    def take(self) -> bool:
-        """Allocate the reserve where it is missing; False where the disk has no room for it."""
-        try:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                if self._size and os.fstat(file).st_size < self._size:
-                    os.posix_fallocate(file, 0, self._size)
-            finally:
-                os.close(file)
-        except OSError:
-            self.give()
-            return False
-        return True
-
-    def give(self) -> bool:
-        """Free the reserve; False where it was free already."""
-        try:
-            self._path.unlink()
-        except OSError:
-            return False
-        return True

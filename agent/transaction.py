@@ -31,6 +31,7 @@ from agent.entries import (
 )
 from agent.lanes import Gone, Lane, Row, lane_of, subject_of
 from agent.messages import Record, Redaction, State
+from agent.storage import NonsenseError
 
 AUDIT_OVERHEAD = 64  # bytes of an audit block beside its rows
 TOO_LARGE = "ledger.too-large"
@@ -175,12 +176,12 @@ class Transaction:
 
     def _row(self, fields: Gone) -> Row:
         key, name, lane, _, data_class, size, file = fields
-        return Row(key=key, id=name, lane=self._lane_name(lane), data_class=data_class, size=size, file=file)
-
-    def _lane_name(self, number: int) -> Lane:
-        if number not in self._names:
-            self._names = {value: lane for lane, value in (self._books.lanes | self.delta.lanes).items()}
-        return self._names[number]
+        if lane not in self._names:
+            self._names = {value: lane for lane, value in self.lanes().items()}
+        if lane not in self._names or (type(name), type(data_class), type(size)) != (str, str, int):
+            msg = f"record {key} holds {fields!r}"
+            raise NonsenseError(msg)
+        return Row(key=key, id=name, lane=self._names[lane], data_class=data_class, size=size, file=file)
 
     def _end(
         self, name: str, state: State, time_ns: int, counted: Mapping[str, str], *, code: int | None = None

@@ -35,7 +35,9 @@ def chain(*sizes):
 
 def problems(blocks, *, base=None, head=None, seal=None, **fields):
     head = head or head_of(blocks[-1])
-    return verify(blocks, base=base or Head(), head=head, seal=seal or Seal(head=head, time_ns=NOW), **fields).problems
+    return verify(
+        blocks, base=base or Head(), last=head.n, seal=seal or Seal(head=head, time_ns=NOW), **fields
+    ).problems
 
 
 def test_hash_of_a_row_covers_the_row_and_all_before_it():
@@ -52,7 +54,7 @@ def test_row_with_a_field_that_no_row_may_have_is_not_written():
 
 def test_whole_chain_verifies():
     blocks = chain(1, 3, 2)
-    report = verify(blocks, base=Head(), head=head_of(blocks[-1]), seal=Seal(head=head_of(blocks[-1]), time_ns=NOW))
+    report = verify(blocks, base=Head(), last=6, seal=Seal(head=head_of(blocks[-1]), time_ns=NOW))
     assert (report.intact, report.first, report.last, report.sealed) == (True, 1, 6, 6)
 
 
@@ -121,7 +123,7 @@ def test_unreadable_block_is_a_problem_and_not_a_crash():
 def test_missing_or_forged_seal_is_a_problem():
     blocks = chain(2)
     head = head_of(blocks[-1])
-    assert verify(blocks, base=Head(), head=head, seal=None).problems == ("the seal is missing",)
+    assert verify(blocks, base=Head(), last=head.n, seal=None).problems == ("the seal is missing",)
     assert problems(blocks, signed=lambda _message, _signature: False) == ("the seal's signature is not valid",)
 
 

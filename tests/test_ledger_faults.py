@@ -135,6 +135,70 @@ def test_records_that_can_still_be_read_are_carried_over_and_the_others_counted(
     ledger.close()
 
 
+def crashed_copy(path):
+    """The files as a SIGKILL would leave them, beside the ledger that goes on."""
+    target = path.parent / "crashed"
+    shutil.copytree(path.parent, target, ignore=shutil.ignore_patterns("*-shm", "*.lock", "crashed"))
+    return target / path.name
+
+
+def test_records_that_are_only_in_the_journal_are_carried_over_too(path):
+    filled(path)
+    ledger = opened(path)
+    ledger.commit([store(n, size=100) for n in range(2000, 2010)])
+    crashed = crashed_copy(path)
+    ledger.close()
+    assert crashed.with_name("ledger.db-wal").stat().st_size
+    overwrite(crashed, leaf_pages(path, "record")[20] * 1024, garbage(1024))
+    crashed.with_name("ledger.db.suspect").touch()
+    ledger = opened(crashed)
+    assert "carried over" in ledger.incidents[1]
+    assert set(range(2000, 2010)) <= set(numbers(ledger.pending("cn", limit=1000)))
+    assert ledger.counts().conserved
+    ledger.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE counter SET number = 'many'",
+        "UPDATE counter SET number = number + 1 WHERE state = 'pending'",
+        "UPDATE counter SET bytes = x'00'",
+        "UPDATE meta SET value = 'nonsense'",
+        "INSERT INTO meta VALUES ('audit.base', 'nonsense')",
+        "UPDATE lane SET route = x'ff'",
+        "UPDATE intake SET digest = NULL, mid = 'x'",
+        "UPDATE record SET basis = 'nonsense', priority = 77",
+        "UPDATE record SET topic = x'ff', size = 'x'",
+        "DELETE FROM lane",
+        "DELETE FROM counter",
+        "DROP TABLE intake",
+        "DROP TABLE record",
+    ],
+)
+@pytest.mark.parametrize("suspect", [False, True])
+def test_nonsense_in_any_table_is_never_a_reason_not_to_start(path, statement, suspect):
+    filled(path)
+    connection = sqlite3.connect(path)
+    with contextlib.suppress(sqlite3.IntegrityError):
+        connection.execute(statement)
+    connection.commit()
+    connection.close()
+    if suspect:
+        overwrite(path, leaf_pages(path, "counter")[0] * 1024, garbage(1024))
+    try:
+        ledger = opened(path)
+        ledger.spooled(limit=1000)
+    except LedgerCorruptError:
+        ledger.close()
+        ledger = opened(path)
+    ledger.commit([store(5000)])
+    ledger.sweep(NOW)
+    assert ledger.find("id-5000") == record(5000)
+    assert ledger.counts().conserved
+    ledger.close()
+
+
 def test_damage_that_shows_later_is_reported_and_the_next_start_sets_the_file_aside(path):
     filled(path)
     for page in leaf_pages(path, "record")[10:14]:
@@ -168,17 +232,16 @@ def test_journal_lost_after_a_crash_is_noticed_by_the_seal(path, damage):
     ledger._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     ledger.commit([store(n) for n in range(10, 20)])
     ledger.sweep(NOW)
-    crashed = path.parent / "crashed"
-    shutil.copytree(path.parent, crashed, ignore=shutil.ignore_patterns("*-shm", "*.lock", "crashed"))
+    crashed = crashed_copy(path)
     ledger.close()
-    journal = crashed / "ledger.db-wal"
+    journal = crashed.with_name("ledger.db-wal")
     if damage == "cut":
         os.truncate(journal, 500)
     elif damage == "garbage":
         journal.write_bytes(garbage(9000))
     else:
         journal.unlink()
-    ledger = opened(crashed / "ledger.db")
+    ledger = opened(crashed)
     assert "older than its seal" in ledger.incidents[0]
     assert ledger.counts().received == 10
     assert ledger.counts().conserved
