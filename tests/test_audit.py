@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_samples import MODEL, NOW, SECOND, delivered, in_memory, record, refused, store
 
@@ -58,6 +58,7 @@ def test_whole_chain_verifies():
     assert (report.intact, report.first, report.last, report.sealed) == (True, 1, 6, 6)
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_changed_byte_of_any_block_is_found(data):
     blocks = chain(1, 3, 2, 1)
@@ -76,6 +77,7 @@ def test_any_changed_byte_of_any_block_is_found(data):
     assert problems([*blocks[:at], forged, *blocks[at + 1 :]], head=head)
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_reordering_is_found(data):
     blocks = chain(1, 1, 2, 1, 3)
@@ -86,6 +88,7 @@ def test_any_reordering_is_found(data):
     assert problems(renumbered, head=head_of(blocks[-1]))
 
 
+@settings(deadline=None)
 @given(cut=st.integers(0, 4), drop=st.integers(0, 4))
 def test_any_missing_block_is_found(cut, drop):
     blocks = chain(1, 1, 2, 1, 3)
