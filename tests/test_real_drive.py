@@ -63,7 +63,7 @@ def policy():
                 "action": "redact",
                 "class": "picture",
                 "capture_time": "property:time",
-                "capture_unit": "rfc3339",
+                "capture_unit": "ns",
             },
             {"topic": "vehicle/gnss", "action": "forward", "class": "location", **capture},
             {"topic": "vehicle/telemetry/#", "action": "forward", "class": "telemetry", **capture},

@@ -85,7 +85,7 @@ def policy_values() -> dict[str, Any]:
 
 def _rule(topic: str, name: str | None, action: str) -> dict[str, Any]:
     capture = {
-        "redact": {"capture_time": "property:time", "capture_unit": "rfc3339"},
+        "redact": {"capture_time": "property:time", "capture_unit": "ns"},
         "forward": {"capture_time": "/ts", "capture_unit": "s"},
     }
     named = {"class": name} if name else {}

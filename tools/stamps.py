@@ -1,7 +1,8 @@
 """The capture time that a message states: reading it, and rewriting it so that an old drive seems to happen now.
 
-A JSON payload carries it under one of the given top-level keys, any message under the user property `time`. The unit of
-the original is kept: Unix seconds, milliseconds, microseconds or nanoseconds by magnitude, or RFC 3339 text.
+A JSON payload carries it under one of the given top-level keys, in the unit of the original: Unix seconds,
+milliseconds, microseconds or nanoseconds by magnitude, or RFC 3339 text. Any message may carry it in the user property
+`time`, as Unix nanoseconds or RFC 3339 text.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def stated_ns(payload: bytes, properties: Properties, keys: tuple[str, ...] = DE
     """Read the capture time in Unix nanoseconds; the property comes before the payload, None where neither has one."""
     named = next((value for name, value in properties.user if name == TIME_PROPERTY), None)
     if named is not None:
-        return _read(int(named) if named.isdecimal() else named)
+        return min(int(named), MAX_TIME - 1) if named.isdecimal() else _read(named)
     members = (json_object(payload) or {}) if payload[:1] == b"{" else {}
     return next((_read(members[key]) for key in keys if key in members), None)
 
@@ -65,7 +66,7 @@ def _properties(properties: Properties, capture_ns: int) -> Properties:
 
 
 def _text(original: str, capture_ns: int) -> str:
-    return str(_value(int(original), capture_ns)) if original.isdecimal() else rfc3339(capture_ns)
+    return str(capture_ns) if original.isdecimal() else rfc3339(capture_ns)
 
 
 def _read(value: object) -> int | None:

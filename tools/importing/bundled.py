@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from tools.importing.truth import Crossing, Labelled, Truth
 from tools.recording import PROVENANCE, Properties, Recorded, RecordingWriter
 from tools.schemas import NANOSECONDS
-from tools.stamps import rfc3339
+from tools.stamps import TIME_PROPERTY
 
 START_NS = 1_760_000_400 * NANOSECONDS  # 2025-10-09 09:00:00 UTC
 SEED = 20251009
@@ -242,11 +242,11 @@ def _cabin() -> Iterator[Recorded]:
 
 
 def _picture(topic: str, second: int, picture: Image.Image) -> Recorded:
-    """A camera message; its capture time stands in the user property `time`."""
+    """A camera message; its capture time stands in the user property `time`, in Unix nanoseconds."""
     capture_ns = START_NS + second * NANOSECONDS + 500_000_000
     encoded = io.BytesIO()
     picture.save(encoded, "JPEG", quality=JPEG_QUALITY)
-    properties = Properties(content_type="image/jpeg", user=(("time", rfc3339(capture_ns)),))
+    properties = Properties(content_type="image/jpeg", user=((TIME_PROPERTY, str(capture_ns)),))
     return Recorded(
         topic=topic,
         payload=encoded.getvalue(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from agent.errors import AgentError
 from tools.recording import Properties, Recorded
 from tools.schemas import NANOSECONDS
-from tools.stamps import rfc3339
+from tools.stamps import TIME_PROPERTY
 
 GNSS_TOPIC = "vehicle/gnss"
 CAMERA_TOPIC = "vehicle/camera/front"
@@ -54,9 +54,9 @@ def fix_message(time_ns: int, latitude: float, longitude: float, accuracy_m: flo
 
 
 def picture_message(topic: str, time_ns: int, picture: bytes) -> Recorded:
-    """Make a camera message that states its capture time in the user property `time`."""
+    """Make a camera message that states its capture time in the user property `time`, in Unix nanoseconds."""
     kind = "image/png" if picture.startswith(b"\x89PNG") else "image/jpeg"
-    properties = Properties(content_type=kind, user=(("time", rfc3339(time_ns)),))
+    properties = Properties(content_type=kind, user=((TIME_PROPERTY, str(time_ns)),))
     return Recorded(topic=topic, payload=picture, capture_ns=time_ns, receipt_ns=time_ns, properties=properties)
 
 
