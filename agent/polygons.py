@@ -44,17 +44,24 @@ def pack_polygons(polygons: Sequence[Polygon], source: str) -> bytes:
 
 def unpack_polygons(data: bytes) -> list[Polygon]:
     """The polygons of the compact file; raises ConfigError where the bytes are not one."""
-    content, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-    start = len(MAGIC) + 4
-    end = start + int.from_bytes(content[len(MAGIC) : start], "little")
     try:
-        if not content.startswith(MAGIC) or hashlib.sha256(content).digest() != digest:
-            raise ValueError(MAGIC)
+        content = _verified(data)
+        start = len(MAGIC) + 4
+        end = start + int.from_bytes(content[len(MAGIC) : start], "little")
         shape = json.loads(content[start:end])["polygons"]
         vertices = np.frombuffer(content[end:], dtype="<i4").astype(np.int32, copy=False).reshape(-1, 2)
         return list(_cut(shape, vertices))
     except (ValueError, TypeError, KeyError, IndexError) as exc:
         raise ConfigError("borders", "bytes", f"{len(data)} bytes", "a whole compact border file") from exc
+
+
+def _verified(data: bytes) -> bytes:
+    """The file without its digest; raises ValueError where it is not what was written."""
+    content = data[:-DIGEST_BYTES]
+    if not content.startswith(MAGIC) or hashlib.sha256(content).digest() != data[-DIGEST_BYTES:]:
+        message = "not a border file, or an altered one"
+        raise ValueError(message)
+    return content
 
 
 def _cut(shape: Sequence[tuple[list[str], list[int]]], vertices: Ring) -> Iterator[Polygon]:

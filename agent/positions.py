@@ -176,7 +176,7 @@ class PositionHistory:
             self._forget(newest - self._limits.horizon_ns)
         if len(self) > self._limits.fixes:
             before = len(self)
-            max(self._tracks, key=len).thin()
+            max(self._tracks, key=len).thin(self._limits.max_age_ns // 8)
             if len(self) == before:
                 self._forget(min(track.first_ns for track in self._tracks))
 

@@ -87,10 +87,10 @@ class Track:
         best = (_best(side, moment_ns, doubt_ns, speed_mps) for side in usable)
         return tuple(sighting for sighting in best if sighting is not None)
 
-    def thin(self) -> None:
-        """Let about half of the older three quarters go, evenly in time; discs only grow by it."""
+    def thin(self, gap_ns: int) -> None:
+        """Let about half of the older three quarters go, evenly in time, but open no gap longer than `gap_ns`."""
         older = len(self._sightings) * 3 // 4
-        self._sightings[:older] = _thinned(self._sightings[:older])
+        self._sightings[:older] = _thinned(self._sightings[:older], gap_ns)
 
     def forget(self, until_ns: int) -> None:
         """Drop the sightings up to a moment."""
@@ -116,13 +116,17 @@ def _best(side: Iterable[Sighting], moment_ns: int, doubt_ns: int, speed_mps: fl
     return best
 
 
-def _thinned(sightings: list[Sighting]) -> list[Sighting]:
-    """The first and what is at least two mean gaps later than the one kept before it; weights are handed down."""
+def _thinned(sightings: list[Sighting], gap_ns: int) -> list[Sighting]:
+    """The first, the last, and others two mean gaps or `gap_ns` apart; weights are handed to the one before."""
+    if len(sightings) < 2:
+        return sightings
+    *inner, last = sightings
     kept = sightings[:1]
-    for sighting in sightings[1:]:
-        gap_ns = sighting.monotonic_ns - kept[-1].monotonic_ns
-        if gap_ns * len(sightings) > 2 * (sightings[-1].monotonic_ns - sightings[0].monotonic_ns):
+    wanted_ns = min(gap_ns, 2 * (last.monotonic_ns - sightings[0].monotonic_ns) // len(sightings) + 1)
+    for sighting, following in zip(inner[1:], sightings[2:], strict=True):
+        at_ns = kept[-1].monotonic_ns
+        if sighting.monotonic_ns - at_ns >= wanted_ns or following.monotonic_ns - at_ns > gap_ns:
             kept.append(sighting)
         else:
             kept[-1] = replace(kept[-1], weight=kept[-1].weight + sighting.weight)
-    return kept
+    return [*kept, last]

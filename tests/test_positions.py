@@ -1,5 +1,6 @@
 import math
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -242,10 +243,31 @@ def test_thinning_keeps_the_number_of_fixes_that_a_track_stands_for():
     track = Track(sightings[0])
     for sighting in sightings[1:]:
         track.insert(sighting)
-    track.thin()
+    track.thin(100 * S)
     assert len(track) < 70
     assert track.weight(0, 100 * S) == 100
     assert (track.first_ns, track.last_ns) == (0, 99 * S)
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=60), st.integers(1, 200))
+def test_thinning_opens_no_long_gap_and_loses_no_weight(moments, gap):
+    moments = sorted(moments)
+    track = Track(Sighting(place=HOME, radius_m=10.0, monotonic_ns=moments[0], late_ns=0))
+    for moment in moments[1:]:
+        track.insert(Sighting(place=HOME, radius_m=10.0, monotonic_ns=moment, late_ns=0))
+    track.thin(gap)
+    kept = [sighting.monotonic_ns for sighting in track._sightings]
+    assert track.weight(0, 400) == len(moments)
+    assert (kept[0], kept[-1]) == (moments[0], moments[-1])
+    for one, other in pairwise(kept):
+        assert other - one <= gap or not any(one < moment < other for moment in moments)
+
+
+def test_thinning_opens_no_gap_in_which_a_true_track_would_fall_silent():
+    made = history(*drive(0, 3_000, step=30), fixes=10, max_age_ns=160 * S)
+    for t in range(0, 3_000, 50):
+        made.add(fix(t, 200_000))  # a lie, long after
+        assert all(holds(disc, home(20 * (t // 30 * 30))) for disc in made.discs(at(t)))
 
 
 def test_forgetting_the_true_track_for_want_of_room_leaves_no_disc_of_the_false_one():
