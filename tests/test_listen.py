@@ -256,3 +256,13 @@ async def test_over_tls_only_a_broker_of_the_trusted_authority_is_listened_to(ke
     assert "certificate" in told
     assert "Traceback" not in told
     assert figures["good"] == 1
+
+
+@needs_mosquitto
+async def test_without_json_the_table_is_printed_once_at_the_end():
+    async with mosquitto() as broker, asyncio.timeout(SECONDS):
+        command = [*_command(broker.port, "")[:6], "--unverified", "--allow", "*", "--idle", "0"]
+        async with consumer(*command) as process:
+            out, _ = await process.communicate()
+    assert out.decode().count("refused 0 (") == 1
+    assert process.returncode == 0

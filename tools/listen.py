@@ -92,14 +92,13 @@ async def _listen(arguments: argparse.Namespace) -> int:
         listener = Listener(options=options, inbox=inbox, board=board)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, listener.stop.set)
-        if not arguments.json and sys.stdout.isatty():
-            live = stack.enter_context(Live(console=Console(), refresh_per_second=4))
+        live = None if arguments.json else stack.enter_context(Live(console=Console(), refresh_per_second=4))
+        if live is not None:
             listener.show = lambda: live.update(board.table(inbox.missing(), time.monotonic()))
         await listener.run_loop()
+        listener.show()
         if arguments.json:
             print(json.dumps(board.as_json(inbox.missing(), time.monotonic())))
-        else:
-            Console().print(board.table(inbox.missing(), time.monotonic()))
     return 1 if board.refused else 0
 
 
