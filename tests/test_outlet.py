@@ -1,0 +1,92 @@
+import ast
+import asyncio
+import dataclasses
+import functools
+import types
+from pathlib import Path
+
+import pytest
+from endpoints import bench
+from endpoints import policy_of as policy_for
+from fake_broker import fake_broker
+from test_policy import policy_of, record
+
+import agent
+from agent.outlet import Outlet
+from agent.policy import Cleared
+
+TRANSPORT = {"packets", "mqtt", "mqtt_client", "transport"}  # modules that carry a PUBLISH and make none
+
+
+async def test_record_that_the_policy_permits_no_longer_is_withdrawn_and_never_sent(tmp_path, patience):
+    async with asyncio.timeout(patience), fake_broker() as broker, bench(tmp_path, {"a": broker.port}) as it:
+        await it.store([1, 2])
+        it.policy = policy_for("b")  # a new policy, in which their region permits another endpoint only
+        it.start()
+        await it.until(lambda: it.counts.pending == 0)
+        assert it.counts.refused == 2
+        it.policy = policy_for("a")
+        await it.store([3])
+        await it.until(lambda: it.counts.delivered == 1)
+        assert len(broker.published) == 1
+
+
+class Recorder:
+    """A connection that keeps what is published."""
+
+    maximum_packet_size = None
+
+    def __init__(self):
+        self.published = []
+
+    def publish(self, outgoing):
+        self.published.append(outgoing)
+
+
+def outlet(recorder, endpoint="a"):
+    return Outlet(recorder, endpoint=endpoint, vehicle="car", topic="{region}/{topic}", wire="msgpack")
+
+
+def test_outlet_takes_nothing_but_what_was_cleared_for_its_endpoint():
+    policy, recorder = policy_of({"cn": {"data": ["a", "b"]}}), Recorder()
+    cleared = policy.clear(record(["cn"]), "b")
+    forged = types.SimpleNamespace(record=record(["cn"]), endpoint="a")
+    for wrong in (record(["cn"]), cleared, forged, None):
+        with pytest.raises(TypeError, match="not cleared for a"):
+            outlet(recorder).publish(wrong, 0)
+    assert recorder.published == []
+
+
+def test_clearance_cannot_be_carried_over_to_another_record_or_endpoint():
+    cleared = policy_of({"cn": {"data": ["a"]}}).clear(record(["cn"]), "a")
+    for change in ({"endpoint": "b"}, {"record": record(["hk"])}, {"seal": object()}):
+        with pytest.raises((TypeError, ValueError)):
+            dataclasses.replace(cleared, **change)
+    with pytest.raises(TypeError):
+        Cleared(record=record(["hk"]), endpoint="a")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cleared.endpoint = "b"
+    assert not hasattr(cleared, "seal")
+
+
+def test_only_the_outlet_and_the_intake_marker_make_a_publish():
+    users = {name for name, names in modules() if "Outgoing" in names}
+    assert users - TRANSPORT == {"outlet", "intake"}
+    assert {name for name, names in modules() if "_SEAL" in names} == {"policy"}
+    assert {name for name, names in modules() if "dial" in names} == {"egress", "uplink"}
+
+
+@functools.cache
+def modules():
+    folder = Path(agent.__file__).parent
+    return [(path.stem, identifiers(ast.parse(path.read_text()))) for path in folder.glob("*.py")]
+
+
+def identifiers(tree):
+    """Names that a module imports, defines or uses."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name) | ast.ClassDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.alias(name=name):
+                found.add(name)
+    return found
