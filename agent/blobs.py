@@ -30,7 +30,7 @@ class Blobs:
 
     def write(self, number: int, data: bytes) -> None:
         """Write and sync one file; `sync_names` makes its name durable."""
-        self.directory.mkdir(exist_ok=True)
+        self.directory.mkdir(mode=0o700, exist_ok=True)
         file = os.open(self._path(number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             view = memoryview(data)

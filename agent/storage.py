@@ -194,6 +194,7 @@ def read_only(path: Path) -> sqlite3.Connection:
 def _open_checked(
     path: Path, journal_bytes: int, load: Callable[[sqlite3.Connection], Loaded]
 ) -> tuple[sqlite3.Connection, Loaded]:
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite gives its other files the same mode
     connection = sqlite3.connect(path, timeout=1, isolation_level=None, check_same_thread=False, cached_statements=64)
     try:
         version = _schema_version(connection, path)

@@ -401,6 +401,15 @@ def test_record_whose_file_is_lost_is_evicted_and_counted_and_blocks_nobody(path
     ledger.close()
 
 
+def test_files_can_be_read_by_their_owner_only(path):
+    ledger = opened(path, inline_bytes=10)
+    ledger.commit([store(1)])
+    modes = {file.name: file.stat().st_mode & 0o077 for file in path.parent.iterdir() if file.suffix != ".seal"}
+    assert {"ledger.db", "ledger.db-wal", "ledger.db.files", "ledger.db.reserve"} <= modes.keys()
+    assert not any(modes.values())
+    ledger.close()
+
+
 def test_second_process_is_refused(path):
     ledger = opened(path)
     with pytest.raises(LedgerError, match="another process"):
