@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from tools.judge import Delivery, Sent, Verdict
 from tools.recording import PROVENANCE, contents, messages
 from tools.schemas import NANOSECONDS, json_object
 from tools.stamps import rfc3339
-from tools.trial import POLICY_FILE, Setting, Trial
+from tools.toml_text import toml_text
+from tools.trial import Setting, Trial
 
 RUN_FILE, PICTURES = "run.json", "pictures"
 FORMAT = 1
@@ -83,7 +84,7 @@ def keep(folder: Path, setting: Setting, sent: Sequence[Sent], trial: Trial, ver
         provenance=dict(contents(setting.recording).metadata.get(PROVENANCE, {})),
         problems=tuple(verdict.problems),
         counts=dict(trial.status["counts"]),
-        policy={"version": str(setting.policy["version"]), "sha256": _digest_of(folder / POLICY_FILE)},
+        policy={"version": str(setting.policy["version"]), "sha256": _digest(setting.policy)},
         model=str(trial.status.get("model", {}).get("digest", "")),
         audit=trial.audit,
         replay={"sent": outcome.sent, "late_p50_ms": outcome.late_p50_ms, "late_p99_ms": outcome.late_p99_ms},
@@ -113,9 +114,9 @@ def load(folder: Path) -> RunFile:
         raise RunFileError(message) from exc
 
 
-def _digest_of(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(policy: Mapping[str, Any]) -> str:
+    """SHA-256 of a policy's values, hex; the ports of the trial's brokers are not among them."""
+    return hashlib.sha256(toml_text(policy).encode()).hexdigest()
 
 
 def _events(sent: Sequence[Sent], verdict: Verdict, start_ns: int) -> tuple[Event, ...]:
