@@ -142,10 +142,8 @@ class Intake:
         session_present = await connection.open()
         if not session_present:
             await self._inward.committer.submit(SessionReset(session=self._options.name))
-        await connection.subscribe([*self._options.outgoing, *self._options.fixes, self._marker_topic])
         self._waiting.begin(boot_ns(), resumed=session_present)
-        self.connected = True
-        log.info("intake.connected", extra={"session": self._options.name, "resumed": session_present})
+        log.info("intake.resumed" if session_present else "intake.begun", extra={"session": self._options.name})
         await self._take(connection)
 
     async def _take(self, connection: Connection) -> None:
@@ -186,7 +184,13 @@ class Intake:
         return self._handle(delivery, FOREVER_NS if delivery.retain else wait_ns)
 
     async def _marker_loop(self, connection: Connection) -> None:
-        """Send a marker through the broker whenever it may have held something back, and from time to time."""
+        """Subscribe; then send a marker whenever the broker may have held something back, and from time to time.
+
+        What a resumed session kept for us comes before the SUBACK, so it is taken meanwhile.
+        """
+        await connection.subscribe([*self._options.outgoing, *self._options.fixes, self._marker_topic])
+        self.connected = True
+        log.info("intake.connected", extra={"session": self._options.name})
         while True:
             marker = uuid.uuid4().bytes
             self._waiting.mark(marker, boot_ns())

@@ -35,6 +35,7 @@ from agent.transport import Transport
 if TYPE_CHECKING:  # paho defines it for type checkers only
     from paho.mqtt.client import SocketLike
 
+SUBSCRIBE_SECONDS = 60.0  # the SUBACK comes behind all that a resumed session had kept
 MISC_SECONDS = 1.0  # paho's keep-alive bookkeeping, and a look at the socket
 _NUMBERS = itertools.count(1)
 
@@ -101,7 +102,7 @@ class Connection:
         if result != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
             raise EndpointError(f"SUBSCRIBE: {result}")
         self._subacks[mid] = self._loop.create_future()
-        async with asyncio.timeout(CONNECT_SECONDS):
+        async with asyncio.timeout(SUBSCRIBE_SECONDS):
             codes = await self._subacks[mid]
         refused = [name for name, code in zip(filters, codes, strict=True) if code.is_failure]
         if refused:

@@ -140,11 +140,12 @@ class Session:
 
     def deliver(self, topic, payload, *, mid=None, dup=False, retain=False, qos=1):
         """A PUBLISH to the client."""
-        self._mid = mid or self._mid + 1
-        head = text(topic) + (struct.pack(">H", self._mid) if qos else b"")
+        if mid is None:
+            mid = self._mid = self._mid + 1
+        head = text(topic) + (struct.pack(">H", mid) if qos else b"")
         body = head + (b"\0" if self.version == 5 else b"") + payload
         self.send(packet(PUBLISH, body, dup << 3 | qos << 1 | retain))
-        return self._mid
+        return mid
 
     def disconnect(self, code, packed=b"\0"):
         """Send DISCONNECT; nothing that comes after it is looked at."""
