@@ -25,7 +25,7 @@ from agent.regions import RegionMap
 SECOND_NS = 1_000_000_000
 METRES_PER_DEGREE = 111_195.0  # of latitude, on a sphere of 6371 km
 BORDER_OFFSET_M = 450.0  # less than the smallest guard distance
-RECORD_PERIOD_S = 10
+RECORD_PERIOD_S = 7  # falls between the fixes of every rate but 1 Hz
 SPEED_MPS = 25.0
 BARE = Guards(default_m=0.0, length_share=0.0, cap_m=0.0, pairs={}, stretches=())
 _EEA = "AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE IS LI NO"
