@@ -124,7 +124,6 @@ def _private_stdout() -> BinaryIO:
 
 
 def _limit_memory(setup: Setup) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the agent, which ends this process
     os.nice(setup.nice)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -15,6 +15,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -33,6 +34,7 @@ from agent.pictures import RedactedPayload, RedactionOptions
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+END_S = 5.0  # how long the end of a killed process is waited for
 CAUSE_S = 2.0  # how long a broken pipe waits for the exit status that explains it
 FIRST_DELAY_S = 0.25  # before the second restart in a row; doubled up to MAX_DELAY_S
 MAX_DELAY_S = 8.0
@@ -174,6 +176,7 @@ class RedactionWorker:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
             env=_environment(),
         )
         hello = await self._exchange(self._options.setup(), Hello, self._options.start_timeout_s)
@@ -214,13 +217,15 @@ class RedactionWorker:
         return signal.Signals(-status).name if status < 0 else f"exit {status}"
 
     async def _discard(self) -> None:
-        """End the process, if need be by SIGKILL, and note the failure for the delay of the next start."""
+        """Kill the process and its group, and note the failure for the delay of the next start."""
         process, self._process = self._process, None
         if process is None:
             return
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with whatever it may have started that still holds its pipes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
+                await process.wait()
         self._failures += 1
         now = asyncio.get_running_loop().time()
         delay = MODEL_RETRY_S if self.error == "redaction.model" else _delay(self._failures)

@@ -101,7 +101,15 @@ def refuse_to_open():
     raise ModelError(message)
 
 
+def fork_and_open():
+    """Leave a child behind that holds every pipe, before anything was forbidden."""
+    if os.fork() == 0:
+        time.sleep(3600)
+    return Faulty(lambda: time.sleep(3600))
+
+
 marks = factory(Marks)
+forking = factory(fork_and_open)
 sleeping = faulty(lambda: time.sleep(3600))
 looping = faulty(loop)
 crashing = faulty(lambda: ctypes.string_at(0))

@@ -62,6 +62,25 @@ def ends(pid: int, seconds: float) -> bool:
     return False
 
 
+def group_ends(group: int, seconds: float) -> bool:
+    """Whether a process group loses its last living member in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        members = [p.parent.name for p in Path("/proc").glob("[0-9]*/stat") if group_of(p) == group]
+        if not members:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def group_of(stat: Path) -> int:
+    """The process group of a living process, 0 for one that has ended."""
+    with contextlib.suppress(OSError):
+        fields = stat.read_text().rpartition(")")[2].split()
+        return 0 if fields[0] == "Z" else int(fields[2])
+    return 0
+
+
 async def refusal(worker: RedactionWorker, payload: bytes) -> str:
     with pytest.raises(RefusedError) as caught:
         await worker.redact(payload)
@@ -211,6 +230,14 @@ def run_filter(steps, number: int, architecture: int) -> int:
         else:
             held = loaded == operand if code == seccomp.JUMP_IF_EQUAL else loaded >= operand
             at += taken if held else other
+
+
+async def test_child_of_the_worker_that_holds_its_pipes_ends_with_it(options, patience):
+    given = replace(options, factory="detectors:forking", timeout_s=1.0)
+    async with RedactionWorker(given) as worker:
+        group = worker.pid
+        assert await refusal(worker, poisoned()) == "redaction.timeout"
+        assert await asyncio.to_thread(group_ends, group, patience)
 
 
 async def test_worker_ends_with_the_block_that_started_it(options):
