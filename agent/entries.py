@@ -131,8 +131,8 @@ class LedgerLimits:
     `total_bytes` and `lane_bytes` (one lane per set of candidate regions) bound the spool: envelopes and
     `RECORD_OVERHEAD` for each. `audit_bytes` bounds the audit rows. `intake_window` is how many of the last PUBLISHes
     of each session are recognised when they come again; no less than the Receive Maximum. Envelopes above
-    `inline_bytes` are kept in files: at 200 kB a growing backlog then costs 1.3 to 1.5 device bytes per payload byte
-    instead of 2.1 to 2.2, while below about 100 kB the files' metadata costs more than it saves. SQLite's journal is
+    `inline_bytes` are kept in files: at 200 kB a growing backlog then costs 1.2 to 1.4 device bytes per payload byte
+    instead of 1.9 to 2.2, while below about 100 kB the files' metadata costs more than it saves. SQLite's journal is
     written back beyond `journal_bytes`. `reserve_bytes` is kept aside so that a full disk can be emptied. The
     audit head is sealed every `seal_seconds`: each seal costs some 40 kB of device writes.
     """
