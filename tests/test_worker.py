@@ -21,7 +21,9 @@ from agent.inspection import InspectionLimits
 from agent.pictures import PictureLimits, RedactionOptions
 from agent.redaction import redact_payload
 from agent.worker import RedactionWorker, WorkerOptions
+from tools.recording import messages
 
+ROOT = Path(__file__).parent.parent
 HARMLESS = saved(scene(), "PNG")
 
 
@@ -269,9 +271,15 @@ def test_agent_process_imports_neither_pillow_nor_onnxruntime():
     assert ran.stdout.strip() == "set()"
 
 
-async def test_same_picture_gives_the_same_bytes_in_every_process(options):
-    outputs = set()
-    for threads in (1, 2):
-        async with RedactionWorker(replace(options, threads=threads)) as worker:
-            outputs.add((await worker.redact(saved(scene(), "JPEG", quality=90))).payload)
+async def test_shipped_model_gives_the_same_bytes_for_any_number_of_threads(options):
+    drive = ROOT / "tools" / "drives" / "shenzhen-hong-kong.mcap"
+    street = next(m.payload for m in messages(drive) if m.topic == "vehicle/camera/front" and len(m.payload) > 50_000)
+    shipped = replace(options, manifest=ROOT / "models" / "detector.json", factory="agent.detector:Detector.open")
+    outputs, counts = set(), {}
+    for threads in (1, 2, 1):
+        async with RedactionWorker(replace(shipped, threads=threads)) as worker:
+            done = await worker.redact(street)
+            outputs.add(done.payload)
+            counts = done.counts
     assert len(outputs) == 1
+    assert counts["person"] > 0
