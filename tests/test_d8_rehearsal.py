@@ -98,6 +98,9 @@ uplink.delays = functools.partial(uplink.delays, longest=1.0)
 sys.exit(main())
 """  # an endpoint is tried again every second at least, where the real agent waits for up to a minute
 
+WITH_MODEL = "import time, agent.detector; time.sleep(600)"
+"""The libraries of the process that redacts, without its system call filter: do they talk by themselves?"""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def allowed():
@@ -147,6 +150,7 @@ class Rehearsal:
             trap, close = self.listen("trap", address=address)
             self.traps.append(trap)
             self.stack.callback(close)
+        self.start("model", [sys.executable, "-c", WITH_MODEL], self.car)
         self.start("inner", [mosquitto_path(), "-p", str(INNER)], self.car)
 
     def _configure(self):
