@@ -131,6 +131,13 @@ class Credential(Table, frozen=True, kw_only=True):
     key_file: Annotated[str, Meta(description="Its private key, PEM")] = ""
 
 
+class Metrics(Table, frozen=True, kw_only=True):
+    """[metrics]: Prometheus; needs the extra `metrics`."""
+
+    host: Annotated[Text, Meta(description="Loopback address to serve on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535, description="0: no metrics; 9464 is the OpenTelemetry default")] = 0
+
+
 class Paths(Table, frozen=True, kw_only=True):
     """[paths]: files and folders."""
 
@@ -150,6 +157,7 @@ class AgentConfig(Table, frozen=True, kw_only=True):
     limits: Limits = Limits()
     signing: Signing = Signing()
     credentials: dict[str, Credential] = {}
+    metrics: Metrics = Metrics()
     paths: Paths = Paths()
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Parts:
     intakes: dict[str, Intake]
     uplinks: dict[str, Uplink]
     resolver: Resolver
+    publish_status: Callable[[Mapping[str, Any]], None]
 
 
 class _Reach:
@@ -127,7 +128,20 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
             for name in setup.policy.endpoints
         },
         resolver=Resolver(inward),
+        publish_status=_metrics(setup, stack),
     )
+
+
+def _metrics(setup: Setup, stack: contextlib.AsyncExitStack) -> Callable[[Mapping[str, Any]], None]:
+    """What takes the status; the exporter is imported only where it is asked for."""
+    table = setup.config.metrics
+    if table.port == 0:
+        return lambda _: None
+    try:
+        from agent.metrics import Exporter  # noqa: PLC0415 - an optional extra
+    except ImportError as exc:
+        raise AgentError("[metrics] needs: pip install 'residency-agent[metrics]'") from exc
+    return stack.enter_context(Exporter(table.host, table.port)).update
 
 
 def _alive(setup: Setup, boot_id: str) -> dict[str, int]:
@@ -224,6 +238,7 @@ async def _write_status(parts: Parts) -> None:
         "counts": status.as_dict(counts),
         "stalled": parts.committer.stalled,
     }
+    parts.publish_status(content)
     with contextlib.suppress(OSError):  # a full disk must not end the deliveries that may empty it
         await asyncio.to_thread(status.write, parts.setup.status_path, content)
 
