@@ -273,6 +273,18 @@ def test_log_is_bounded_by_size_and_still_verifies(path):
     assert not verify_file(path).intact
 
 
+def test_rows_that_no_seal_covers_yet_are_not_dropped(path):
+    ledger = Ledger.open(path, LedgerLimits(reserve_bytes=0, seal_seconds=1000, audit_bytes=3000))
+    for n in range(60):
+        ledger.commit([store(n)])
+        if n % 20 == 0:
+            ledger.sweep(NOW)
+            assert verify_file(path).intact
+    report = verify_file(path)
+    assert (report.intact, report.sealed) == (True, 1)
+    ledger.close()
+
+
 def test_expired_and_evicted_records_are_audited(path):
     ledger = Ledger.open(path, LedgerLimits(reserve_bytes=0, seal_seconds=0, lane_bytes=3 * 612))
     ledger.commit([store(n, ttl=10) for n in range(4)])
