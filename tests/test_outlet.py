@@ -18,8 +18,8 @@ from agent.policy import Cleared
 TRANSPORT = {"packets", "mqtt", "mqtt_client", "transport"}  # modules that carry a PUBLISH and make none
 
 
-async def test_record_that_the_policy_permits_no_longer_is_withdrawn_and_never_sent(tmp_path, patience):
-    async with asyncio.timeout(patience), fake_broker() as broker, bench(tmp_path, {"a": broker.port}) as it:
+async def test_record_that_the_policy_permits_no_longer_is_withdrawn_and_never_sent(patience):
+    async with asyncio.timeout(patience), fake_broker() as broker, bench({"a": broker.port}) as it:
         await it.store([1, 2])
         it.policy = policy_for("b")  # a new policy, in which their region permits another endpoint only
         it.start()
