@@ -125,7 +125,7 @@ def _text(data: bytes, limits: InspectionLimits, depth: int) -> Contents:
     json = _is_json(data)
     unescaped = list(strings(data)) if json else []
     encoded = list(_outside(runs(data), unescaped))
-    if any(is_shifted_picture(run, data) for run in encoded):
+    if any(format_of(run.data) is None and is_shifted_picture(run, data) for run in encoded):
         raise RefusedError("picture.hidden", "base64 off its beat")
     found = _gather([*unescaped, *encoded, *_outside(numbers(data), unescaped)], limits, depth)
     if not json and b"\\" in data and _holds_runs(data.replace(b"\\/", b"/")):

@@ -142,9 +142,9 @@ def test_mask_that_ends_within_a_coding_block_would_give_characters_away(monkeyp
 
 @pytest.mark.parametrize("height", [16, 32, 64])
 def test_constant_fill_is_read_back_at_chance(height):
-    assert read_back(height, Fill.CONSTANT, "JPEG", plates=10) <= 5 * CHANCE
+    assert read_back(height, Fill.CONSTANT, "JPEG", plates=5) <= 5 * CHANCE
 
 
 @pytest.mark.parametrize(("fill", "least"), [(Fill.WEAKER_MOSAIC, 0.4), (Fill.WEAKER_BLUR, CHANCE)])
 def test_weaker_fills_are_read_back_above_chance(fill, least):
-    assert read_back(16, fill, "PNG", plates=10) > least
+    assert read_back(16, fill, "PNG", plates=6) > least

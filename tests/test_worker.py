@@ -249,18 +249,23 @@ async def test_worker_ends_with_the_block_that_started_it(options):
         os.kill(pid, 0)
 
 
-def test_worker_dies_with_a_killed_agent(patience):
+def test_worker_dies_with_a_killed_agent_even_in_the_middle_of_a_picture(patience, tmp_path):
+    (tmp_path / "picture").write_bytes(poisoned())
     script = (
-        "import asyncio, os, signal\n"
+        "import asyncio, os, signal, sys\n"
         "from pathlib import Path\n"
         "from agent.worker import RedactionWorker, WorkerOptions\n"
         "async def main():\n"
-        "    async with RedactionWorker(WorkerOptions(manifest=Path('m'), factory='detectors:marks')) as worker:\n"
+        "    options = WorkerOptions(manifest=Path('m'), factory='detectors:sleeping', timeout_s=3600)\n"
+        "    async with RedactionWorker(options) as worker:\n"
+        "        hanging = asyncio.create_task(worker.redact(Path(sys.argv[1]).read_bytes()))\n"
+        "        await asyncio.wait({hanging}, timeout=1)\n"
         "        print(worker.pid, flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(main())\n"
     )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    command = [sys.executable, "-c", script, str(tmp_path / "picture")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=4 * patience)
     assert ended.returncode == -signal.SIGKILL
     assert ends(int(ended.stdout), patience)
 
