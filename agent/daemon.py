@@ -198,10 +198,15 @@ async def _drain(parts: Parts) -> None:
 
 
 async def _sweep_loop(parts: Parts) -> None:
+    boot_id = wiring.identity(parts.setup).boot_id
     while True:
         now_ns = time.time_ns()
         with contextlib.suppress(LedgerStalledError):  # the status says so; the next sweep tries again
-            await parts.committer.sweep(now_ns if is_set(now_ns) else None)
+            await parts.committer.sweep(
+                now_ns if is_set(now_ns) else None,
+                monotonic_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+                boot_id=boot_id,
+            )
         await asyncio.sleep(SWEEP_SECONDS)
 
 

@@ -42,6 +42,7 @@ _Unacked = asyncio.Queue[tuple[Delivery, asyncio.Task[None]]]
 MARKER_SECONDS = 0.25  # between two markers while messages come
 IDLE_SECONDS = 10.0  # between two markers while none come
 MARKER_PATIENCE_SECONDS = 30.0  # a marker that is not back by then is sent again, and the broker's access list doubted
+OLD_FIX_NS = 60 * 10**9  # a fix that may have waited longer would only blur the track that the next ones draw
 STABLE_SECONDS = 30.0  # a session that lived so long starts again with the shortest delay
 
 
@@ -57,11 +58,12 @@ class IntakeOptions:
 
 
 class Fixes:
-    """Feeds position messages into the fix history; counts those that are none."""
+    """Feeds position messages into the fix history; counts those that are none, and those that say nothing."""
 
     def __init__(self, readers: Sequence[tuple[str, FixReader]], history: PositionHistory) -> None:
         self.malformed = 0
         self.accepted = 0
+        self.stale = 0
         self.arrived = asyncio.Event()
         self._readers = readers
         self._history = history
@@ -76,7 +78,9 @@ class Fixes:
             except PositionError:
                 self.malformed += 1
                 continue
-            if fix is not None:
+            if fix is not None and fix.doubt_ns > OLD_FIX_NS:
+                self.stale += 1
+            elif fix is not None:
                 self._history.add(fix)
                 self.accepted += 1
                 self.arrived.set()
@@ -249,7 +253,7 @@ class Intake:
             return None
         digest = hashlib.blake2b(delivery.payload, digest_size=16, person=b"intake")
         digest.update(delivery.topic.encode())
-        return IntakeKey(session=self._options.name, mid=delivery.mid, digest=digest.digest())
+        return IntakeKey(session=self._options.name, mid=delivery.mid, digest=digest.digest(), redelivered=delivery.dup)
 
 
 def _message(delivery: Delivery, wait_ns: int) -> Message:
