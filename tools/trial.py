@@ -198,7 +198,8 @@ async def _replay(setting: Setting, running: Stage, counted: _Counted) -> Outcom
 
 
 def _show(advance: Advance, sent: int, running: Stage) -> None:
-    advance(sent, ", ".join(f"{name} received {len(found.records)}" for name, found in running.witnesses.items()))
+    arrived = {name: len(found.records) for name, found in running.witnesses.items()}
+    advance(sent, "arrived: " + ", ".join(f"{name} {count}" for name, count in arrived.items() if count))
 
 
 async def _kill(setting: Setting, process: AgentProcess) -> None:
