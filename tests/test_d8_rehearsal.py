@@ -150,7 +150,7 @@ class Rehearsal:
             trap, close = self.listen("trap", address=address)
             self.traps.append(trap)
             self.stack.callback(close)
-        self.start("model", [sys.executable, "-c", WITH_MODEL], self.car)
+        self.start("model", ["env", "-u", "ORT_DISABLE_TELEMETRY", sys.executable, "-c", WITH_MODEL], self.car)
         self.start("inner", [mosquitto_path(), "-p", str(INNER)], self.car)
 
     def _configure(self):
