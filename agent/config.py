@@ -92,8 +92,13 @@ class Model(Table, frozen=True, kw_only=True):
     manifest: Annotated[str, Meta(description="Manifest of the detector; empty: the one shipped with the agent")] = ""
     threads: Annotated[int, Meta(ge=1, le=64, description="CPU threads of the detector")] = 1
     timeout_s: Annotated[Seconds, Meta(description="Longest time for one payload's pictures")] = 10.0
-    memory_bytes: Annotated[int, Meta(ge=256 * MIB, description="Address space of the redaction process")] = 2048 * MIB
+    memory_bytes: Annotated[int, Meta(ge=256 * MIB, description="Address space of the redaction process")] = 1024 * MIB
     people: Annotated[Literal["whole", "head"], Meta(description="What of a person is masked")] = "whole"
+    fill: Annotated[
+        Literal["constant", "weaker-mosaic", "weaker-blur"],
+        Meta(description="Mosaic and blur can be reversed: weaker, as their names say"),
+    ] = "constant"
+    margin: Annotated[float, Meta(ge=0, le=1, description="Masks grow by this part of a box on every side")] = 0.1
 
 
 class Limits(Table, frozen=True, kw_only=True):

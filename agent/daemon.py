@@ -251,6 +251,7 @@ async def _write_status(parts: Parts) -> None:
 def _model(worker: RedactionWorker) -> dict[str, Any]:
     return {
         "ready": worker.ready,
+        "confined": worker.confined,
         "digest": worker.digest,
         "error": worker.error,
         "restarts": max(worker.restarts, 0),

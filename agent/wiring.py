@@ -16,7 +16,7 @@ from agent.gnss import FixReader, FixSource
 from agent.inspection import InspectionLimits
 from agent.intake import IntakeOptions
 from agent.packets import Session
-from agent.pictures import People, PictureLimits, RedactionOptions
+from agent.pictures import Fill, Margin, People, PictureLimits, RedactionOptions
 from agent.pipeline import Identity
 from agent.positions import PositionLimits
 from agent.signing import Signer
@@ -66,7 +66,11 @@ def worker_options(setup: Setup) -> WorkerOptions:
         threads=model.threads,
         timeout_s=model.timeout_s,
         memory_bytes=model.memory_bytes,
-        redaction=RedactionOptions(people=People(model.people)),
+        redaction=RedactionOptions(
+            people=People(model.people),
+            fill=Fill(model.fill),
+            margins={label: Margin(part=model.margin) for label in ("person", "face", "plate")},
+        ),
         limits=inspection_limits(setup),
     )
 
