@@ -78,12 +78,14 @@ class Fixes:
             except PositionError:
                 self.malformed += 1
                 continue
-            if fix is not None and fix.doubt_ns > OLD_FIX_NS:
+            if fix is None:
+                continue
+            self.accepted += 1
+            if fix.doubt_ns > OLD_FIX_NS:
                 self.stale += 1
-            elif fix is not None:
-                self._history.add(fix)
-                self.accepted += 1
-                self.arrived.set()
+                continue
+            self._history.add(fix)
+            self.arrived.set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,3 +23,13 @@ async def broker():
 def patience():
     """How long a test waits for what must happen."""
     return PATIENCE_SECONDS
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", type=int, default=0, metavar="KILLS", help="random kills in the fault suite, e.g. 200")
+
+
+@pytest.fixture
+def soak(request):
+    """How many random kills were asked for; 0 where nobody did."""
+    return request.config.getoption("--soak")
