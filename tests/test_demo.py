@@ -15,7 +15,7 @@ from agent.assembly import load
 from tools.brokers import mosquitto_path
 from tools.demo import BUNDLED
 from tools.importing.truth import ATTACHMENT, Truth
-from tools.recording import contents, messages
+from tools.recording import RecordingWriter, contents, messages
 from tools.scene import MAX_SPEED_MPS, PERMITS, agent_values, data_class, permitted, policy_values
 from tools.toml_text import toml_text
 
@@ -89,6 +89,15 @@ def wait_for(path, text):
             return
         tick.wait(0.05)
     pytest.fail(f"{text} did not appear in {path}")
+
+
+def test_recording_without_a_ground_truth_is_told_to_go_to_verify(tmp_path):
+    path = tmp_path / "plain.mcap"
+    with path.open("wb") as stream, RecordingWriter(stream):
+        pass
+    done = demo(tmp_path / "run", "--recording", str(path))
+    assert done.returncode == 3
+    assert "verify" in done.stderr
 
 
 def test_speed_that_the_agent_could_not_believe_is_wrong_usage(tmp_path):

@@ -25,7 +25,7 @@ from tools.recording import Recorded, contents
 from tools.run_file import keep
 from tools.scene import MAX_SPEED_MPS, PERMITS, agent_values, permitted, policy_values
 from tools.schedule import Options
-from tools.trial import BROKERS, Setting, Trial, conduct
+from tools.trial import BROKERS, Setting, Trial, TrialError, conduct
 
 BUNDLED = Path(__file__).parent / "drives" / "shenzhen-hong-kong.mcap"
 MAX_SPEEDUP = 20.0  # the agent's configuration takes no car for faster than 1000 m/s
@@ -113,7 +113,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def demonstrate(setting: Setting) -> tuple[list[Sent], Trial, Verdict]:
     """Conduct the trial and judge it; raises AgentError where the trial itself fails. Safe to cancel."""
-    log = SentLog(truth=Truth.decode(contents(setting.recording).attachments[ATTACHMENT]))
+    attached = contents(setting.recording).attachments.get(ATTACHMENT)
+    if attached is None:
+        message = f"{setting.recording}: no ground truth in it; `residency-tools verify` takes any recording"
+        raise TrialError(message)
+    log = SentLog(truth=Truth.decode(attached))
     trial = await conduct(setting, log.note)
     return log.sent, trial, await asyncio.to_thread(_judge, log.sent, trial)
 

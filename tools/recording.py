@@ -167,30 +167,22 @@ class RecordingWriter:
         known = self._channels.ids.get((topic, form))
         if known is not None:
             return known
-        return self._register(
-            (topic, form), topic, schema_of(form, topic, payload), form.encoding, {"form": form.value}
-        )
+        return self._register((topic, form), schema_of(form, topic, payload), form.encoding, {"form": form.value})
 
     def _meta_channel(self) -> int:
         schema = ChannelSchema(name="mqtt.Meta", encoding="jsonschema", data=json.dumps(META_SCHEMA).encode())
-        known = self._channels.ids.get((META_TOPIC, None))
-        return known or self._register((META_TOPIC, None), META_TOPIC, schema, "json", {"derived": "meta"})
+        key = (META_TOPIC, None)
+        return self._channels.ids.get(key) or self._register(key, schema, "json", {"derived": "meta"})
 
     def _fix_channel(self, topic: str) -> int:
         key = (FIX_PREFIX + topic, None)
-        known = self._channels.ids.get(key)
-        return known or self._register(key, FIX_PREFIX + topic, fix_schema(), "protobuf", {"derived": "fix"})
+        return self._channels.ids.get(key) or self._register(key, fix_schema(), "protobuf", {"derived": "fix"})
 
     def _register(
-        self,
-        key: tuple[str, Form | None],
-        topic: str,
-        schema: ChannelSchema,
-        encoding: str,
-        metadata: dict[str, str],
+        self, key: tuple[str, Form | None], schema: ChannelSchema, encoding: str, metadata: dict[str, str]
     ) -> int:
         schema_id = self._writer.register_schema(schema.name, schema.encoding, schema.data) if schema.name else 0
-        channel = self._writer.register_channel(topic, encoding, schema_id, metadata)
+        channel = self._writer.register_channel(key[0], encoding, schema_id, metadata)
         self._channels.ids[key] = channel
         return channel
 
