@@ -147,7 +147,14 @@ def test_claims_are_read_and_nonsense_is_an_error():
 @pytest.mark.parametrize("payload", [b"", b"\xc1", msgpack.packb([1]), msgpack.packb({"payload": b""}), b"\x00"])
 def test_envelope_of_another_shape_is_a_testimony_error(payload):
     with pytest.raises(WitnessError):
-        opened(payload)
+        opened(Seen(broker="cn", topic="t", payload=payload, time_ns=0))
+
+
+def test_record_in_binary_mode_has_its_attributes_in_the_user_properties():
+    properties = (("specversion", "1.0"), ("id", "1"), ("dataregion", "cn"))
+    found = opened(Seen(broker="cn", topic="t", payload=SPEED.payload, time_ns=0, properties=properties))
+    assert found.data == SPEED.payload
+    assert found.attributes["dataregion"] == "cn"
 
 
 def test_constant_area_counts_as_covered_and_noise_does_not():

@@ -112,7 +112,7 @@ class Judge:
         return verdict
 
     def _look(self, one: Seen, known: set[tuple[str, str]], verdict: Verdict) -> None:
-        record = opened(one.payload)
+        record = opened(one)
         key = (record.attributes.get("source", ""), record.attributes.get("id", ""))
         if key in known:
             verdict.repeated += 1

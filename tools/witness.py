@@ -14,7 +14,7 @@ import msgpack  # type: ignore[import-untyped]  # it ships no annotations
 import paho.mqtt.client as paho
 
 from agent.errors import AgentError
-from tools.client import Address, connected, new_client
+from tools.client import Address, connected, from_paho, new_client
 
 ABOUT_THE_AGENT = "residency-agent/"  # the agent's own presence and status, not records
 
@@ -31,6 +31,7 @@ class Seen:
     topic: str
     payload: bytes
     time_ns: int
+    properties: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,13 @@ class Witness:
 
     def on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         """Keep one publication."""
-        seen = Seen(broker=self.broker, topic=message.topic, payload=bytes(message.payload), time_ns=time.time_ns())
+        seen = Seen(
+            broker=self.broker,
+            topic=message.topic,
+            payload=bytes(message.payload),
+            time_ns=time.time_ns(),
+            properties=from_paho(message.properties).user,
+        )
         (self.others if message.topic.startswith(ABOUT_THE_AGENT) else self.records).append(seen)
 
 
@@ -65,13 +72,19 @@ def witness(broker: str, address: Address) -> Iterator[Witness]:
         yield found
 
 
-def opened(payload: bytes) -> Opened:
-    """Take a record out of its msgpack envelope; raises WitnessError."""
+def opened(seen: Seen) -> Opened:
+    """Take a record apart: out of its msgpack envelope, else in CloudEvents binary mode; raises WitnessError.
+
+    In binary mode the payload is the data, and the attributes are nowhere but in the user properties.
+    """
     try:
-        outer: dict[str, Any] = msgpack.unpackb(payload)
+        outer: dict[str, Any] = msgpack.unpackb(seen.payload)
         inner: dict[str, Any] = msgpack.unpackb(outer["payload"])
         data = inner.pop("data")
     except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as exc:
+        attributes = dict(seen.properties)
+        if "specversion" in attributes:
+            return Opened(attributes=attributes, data=seen.payload)
         message = f"not an envelope: {exc!r}"
         raise WitnessError(message) from exc
     return Opened(attributes={str(name): str(value) for name, value in inner.items()}, data=bytes(data))
