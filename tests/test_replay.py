@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools.brokers import amqtt, mosquitto, mosquitto_path
@@ -103,6 +103,7 @@ def test_slow_link_stretches_a_burst_to_its_bandwidth():
     assert planned(burst, faults=Faults(link=LINKS["edge"]))[-1].at_s >= 10
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(0, 1000), min_size=1, max_size=30).map(sorted),
     st.floats(0.1, 100),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import tomllib
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tools.toml_text import TomlError, toml_text
@@ -14,6 +14,7 @@ values = st.recursive(plain, lambda inner: st.lists(plain, max_size=3) | st.dict
 tables = st.dictionaries(text, values | st.lists(st.dictionaries(text, values, max_size=3), min_size=1, max_size=3))
 
 
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(tables)
 def test_what_is_written_reads_back_as_the_same_values(table):
     assert tomllib.loads(toml_text(table)) == table

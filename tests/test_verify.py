@@ -134,7 +134,7 @@ def test_command_runs_the_agent_and_tells_a_kept_expectation_from_a_broken_one(t
         '[[reach]]\ntopic = "#"\nendpoint = "hk"\nat_least = 1\n'
     )
     options = ("--policy", tmp_path / "policy.toml", "--expect", tmp_path / "expect.toml", "--out", tmp_path / "run")
-    options += ("--junit", tmp_path / "junit.xml", "--speed", "20", "--to", "40", "--without", "vehicle/camera/front")
+    options += ("--junit", tmp_path / "junit.xml", "--speed", "5", "--to", "40", "--without", "vehicle/camera/front")
     command = [sys.executable, "-m", "tools", "verify", BUNDLED, *options, "--quiet"]
     done = subprocess.run(
         [str(one) for one in command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
