@@ -14,9 +14,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from agent import __version__, assembly, asyncapi, audit_cli, commands, status
+from agent import __version__, assembly, commands, status
 from agent.commands import Place
 from agent.errors import AgentError, InvalidConfigError
+from agent.store import audit_cli
+from agent.wire import asyncapi
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2

@@ -8,11 +8,11 @@ from itertools import combinations, product
 from pathlib import Path
 
 from agent import topics
-from agent.config import AgentConfig, load_agent, load_policy, shipped_manifest
 from agent.errors import ConfigError, InvalidConfigError
-from agent.geojson import read_polygons
+from agent.places.geojson import read_polygons
+from agent.places.regions import RegionMap
 from agent.policy import Policy
-from agent.regions import RegionMap
+from agent.settings.config import AgentConfig, load_agent, load_policy, shipped_manifest
 
 LEDGER_FILE = "ledger.sqlite"
 STATUS_FILE = "status.json"

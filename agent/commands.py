@@ -6,10 +6,10 @@ import ipaddress
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from agent import typed
 from agent.assembly import Setup
-from agent.config import AgentConfig
-from agent.policy_config import PolicyConfig
+from agent.settings import typed
+from agent.settings.config import AgentConfig
+from agent.settings.policy_config import PolicyConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,16 +21,16 @@ from agent import __version__, status, systemd, wiring
 from agent.assembly import Setup
 from agent.board import Board
 from agent.clock import is_set
-from agent.committer import CommitOptions, Committer
 from agent.errors import AgentError, LedgerStalledError
-from agent.intake import Fixes, Intake, Inward
-from agent.ledger import Ledger
-from agent.line import Line, Numbering
+from agent.intake.intake import Fixes, Intake, Inward
+from agent.intake.line import Line, Numbering
+from agent.intake.resolver import Resolver
 from agent.pipeline import Pipeline
-from agent.positions import PositionHistory
-from agent.resolver import Resolver
-from agent.uplink import Uplink
-from agent.worker import RedactionWorker
+from agent.places.positions import PositionHistory
+from agent.redaction.worker import RedactionWorker
+from agent.store.committer import CommitOptions, Committer
+from agent.store.ledger import Ledger
+from agent.uplink.uplink import Uplink
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from agent import wiring
 from agent.assembly import Setup
 from agent.clock import is_set
-from agent.egress import peer_check, resolve, tls_context
 from agent.errors import AgentError
-from agent.mqtt import Connection
-from agent.packets import Session
-from agent.worker import RedactionWorker
+from agent.mqtt.connection import Connection
+from agent.mqtt.packets import Session
+from agent.redaction.worker import RedactionWorker
+from agent.uplink.egress import peer_check, resolve, tls_context
 
 GRAY_PICTURE = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550"

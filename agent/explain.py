@@ -15,8 +15,8 @@ from agent.assembly import Setup
 from agent.commands import Place
 from agent.messages import Capture, Fix, Hold, Message, Publish, Refuse, Whereabouts
 from agent.pipeline import Identity, Pipeline
-from agent.policy_config import Fields, Rule
-from agent.positions import PositionHistory, capture_of
+from agent.places.positions import PositionHistory, capture_of
+from agent.settings.policy_config import Fields, Rule
 
 SECOND = 10**9
 BOOT_NS = 30 * 86_400 * SECOND  # monotonic time of the question: any, as long as the fixes are later than a boot

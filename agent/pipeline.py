@@ -10,12 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from agent.attributes import Attributes, traceparent_or_none
-from agent.capture import stated_ns
-from agent.envelope import pack, repack
 from agent.errors import EnvelopeError, RefusedError
-from agent.fields import FieldRules, apply_field_rules
-from agent.inspection import Contents, InspectionLimits, inspect
 from agent.messages import (
     Basis,
     Capture,
@@ -30,11 +25,16 @@ from agent.messages import (
     State,
     Whereabouts,
 )
+from agent.payloads.fields import FieldRules, apply_field_rules
+from agent.payloads.inspection import Contents, InspectionLimits, inspect
+from agent.places.capture import stated_ns
+from agent.places.positions import PositionHistory, capture_of
+from agent.places.regions import RegionMap
 from agent.policy import Policy
-from agent.policy_config import Rule
-from agent.positions import PositionHistory, capture_of
-from agent.regions import RegionMap
-from agent.signing import Signer
+from agent.settings.policy_config import Rule
+from agent.wire.attributes import Attributes, traceparent_or_none
+from agent.wire.envelope import pack, repack
+from agent.wire.signing import Signer
 
 EVENT_TYPE = "residency-agent.record.v1"
 SECOND = 10**9

@@ -18,12 +18,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from agent import topics
-from agent.addressing import check_template
 from agent.errors import ConfigError, InvalidConfigError
-from agent.field_config import field_rules
-from agent.fields import SHORTEST_KEY
 from agent.messages import Decision, Hold, Publish, Record, Refuse, Whereabouts
-from agent.policy_config import DataClass, Endpoint, PolicyConfig, Rule
+from agent.payloads.fields import SHORTEST_KEY
+from agent.settings.field_config import field_rules
+from agent.settings.policy_config import DataClass, Endpoint, PolicyConfig, Rule
+from agent.wire.addressing import check_template
 
 UNLISTED = "unlisted"
 """The region of every country that the policy does not name; it permits nothing."""

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.entries import Counts
-from agent.ledger import Ledger
+from agent.store.entries import Counts
+from agent.store.ledger import Ledger
 
 STATES = ("received", "delivered", "pending", "held", "refused", "expired", "evicted")
 

@@ -6,23 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agent.assembly import Setup
-from agent.config import Credential, PositionSource
-from agent.egress import PeerRules
-from agent.entries import LedgerLimits
 from agent.errors import ConfigError, EnvelopeError, InvalidConfigError
-from agent.field_config import field_rules
-from agent.fields import SHORTEST_KEY, FieldRules
-from agent.gnss import FixReader, FixSource
-from agent.inspection import InspectionLimits
-from agent.intake import IntakeOptions
-from agent.packets import Session
-from agent.pictures import Fill, Margin, People, PictureLimits, RedactionOptions
+from agent.intake.intake import IntakeOptions
+from agent.mqtt.packets import Session
+from agent.payloads.fields import SHORTEST_KEY, FieldRules
+from agent.payloads.inspection import InspectionLimits
+from agent.pictures.formats import Fill, Margin, People, PictureLimits, RedactionOptions
 from agent.pipeline import Identity
-from agent.positions import PositionLimits
-from agent.signing import Signer
+from agent.places.gnss import FixReader, FixSource
+from agent.places.positions import PositionLimits
+from agent.redaction.worker import WorkerOptions
+from agent.settings.config import Credential, PositionSource
+from agent.settings.field_config import field_rules
+from agent.store.entries import LedgerLimits
 from agent.topics import covers
-from agent.uplink import UplinkOptions
-from agent.worker import WorkerOptions
+from agent.uplink.egress import PeerRules
+from agent.uplink.uplink import UplinkOptions
+from agent.wire.signing import Signer
 
 SECOND = 10**9
 PACKET_SLACK = 64 << 10  # topic, properties and headers of an MQTT packet

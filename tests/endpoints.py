@@ -11,16 +11,16 @@ from ledger_samples import in_memory
 from stream import TELEMETRY
 
 from agent.board import Board
-from agent.committer import CommitOptions, Committer
-from agent.egress import PeerRules
-from agent.entries import LedgerLimits, Store
-from agent.envelope import pack, unpack
-from agent.ledger import Ledger
 from agent.messages import Basis, Capture, Priority, Record, State
-from agent.packets import Session
+from agent.mqtt.packets import Session
 from agent.policy import Policy
-from agent.policy_config import DataClass, Endpoint, PolicyConfig, Region
-from agent.uplink import Uplink, UplinkOptions
+from agent.settings.policy_config import DataClass, Endpoint, PolicyConfig, Region
+from agent.store.committer import CommitOptions, Committer
+from agent.store.entries import LedgerLimits, Store
+from agent.store.ledger import Ledger
+from agent.uplink.egress import PeerRules
+from agent.uplink.uplink import Uplink, UplinkOptions
+from agent.wire.envelope import pack, unpack
 
 HOUR_NS = 3600 * 10**9
 

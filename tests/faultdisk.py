@@ -1,8 +1,8 @@
 """A disk that can be cut off, filled up or broken under SQLite and under the ledger's files.
 
 It stands between SQLite and the real file system as the default VFS (built on the unix VFS, so locks and shared memory
-are real), and in place of `os` in `agent.blobs`. Every write, truncation, sync and unlink goes into one journal; a
-crash image is the durable state at any point of that journal plus any part of what was not synced yet.
+are real), and in place of `os` in `agent.store.blobs`. Every write, truncation, sync and unlink goes into one journal;
+a crash image is the durable state at any point of that journal plus any part of what was not synced yet.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from agent import blobs
+from agent.store import blobs
 
 FULL, IOERR_WRITE, IOERR_FSYNC = 13, 10 | 3 << 8, 10 | 4 << 8
 MAIN_DB, WAL = 0x100, 0x80000

@@ -14,7 +14,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from agent import assembly, status
-from agent.envelope import unpack
+from agent.wire.envelope import unpack
 from tools.brokers import mosquitto
 
 SHENZHEN = (22.6329, 114.0580)

@@ -4,9 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from agent.entries import Delivered, IntakeKey, LedgerLimits, Refused, Store
-from agent.ledger import Ledger
 from agent.messages import Basis, Capture, Priority, Record, State
+from agent.store.entries import Delivered, IntakeKey, LedgerLimits, Refused, Store
+from agent.store.ledger import Ledger
 
 SECOND = 1_000_000_000
 NOW = 1_800_000_000 * SECOND

@@ -14,12 +14,12 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from agent import envelope
-from agent.addressing import DEFAULT_TEMPLATE, topic
-from agent.envelope import Attributes, Signer, pack, properties, unpack
 from agent.messages import Basis
-from agent.packets import Outgoing
-from agent.signing import key_id_of
+from agent.mqtt.packets import Outgoing
+from agent.wire import envelope
+from agent.wire.addressing import DEFAULT_TEMPLATE, topic
+from agent.wire.envelope import Attributes, Signer, pack, properties, unpack
+from agent.wire.signing import key_id_of
 from tools.listening.judging import Expectations
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.addressing import DEFAULT_TEMPLATE, check_template, topic, vehicle_topic
-from agent.attributes import Attributes
 from agent.errors import EnvelopeError
 from agent.messages import Basis
+from agent.wire.addressing import DEFAULT_TEMPLATE, check_template, topic, vehicle_topic
+from agent.wire.attributes import Attributes
 
 RECORD = Attributes(
     id="1",

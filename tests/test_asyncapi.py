@@ -11,10 +11,10 @@ import pytest
 import stream
 from consumers import judged_by_the_official_parser, read_by_node
 
-from agent import asyncapi, presence
-from agent.addressing import check_template
-from agent.attributes import NAMES, texts
-from agent.envelope import CONTENT_TYPE, PAYLOAD_TYPE
+from agent.wire import asyncapi, presence
+from agent.wire.addressing import check_template
+from agent.wire.attributes import NAMES, texts
+from agent.wire.envelope import CONTENT_TYPE, PAYLOAD_TYPE
 from tools.brokers import mosquitto, mosquitto_path
 
 SESSION = presence.Session(id="s", source="urn:vehicle:car-7", vehicle="car-7")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from agent.masking import areas, paint, whole_blocks
 from agent.messages import Box
-from agent.pictures import Fill, PictureLimits, RedactionOptions
-from agent.redaction import redact_picture
+from agent.pictures.formats import Fill, PictureLimits, RedactionOptions
+from agent.redaction.masking import areas, paint, whole_blocks
+from agent.redaction.redaction import redact_picture
 
 ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"  # no I and O, as on most plates
 CHANCE = 1 / len(ALPHABET)
@@ -135,7 +135,7 @@ def test_constant_fill_leaves_the_same_bytes_whatever_the_plate_says(height, kin
 
 
 def test_mask_that_ends_within_a_coding_block_would_give_characters_away(monkeypatch):
-    monkeypatch.setattr("agent.redaction.whole_blocks", lambda area, *_: area)
+    monkeypatch.setattr("agent.redaction.redaction.whole_blocks", lambda area, *_: area)
     plate = Plate(16)
     assert len({output(plate, text, "JPEG", quality=85) for text in ("AAAA", "8888", "WJ1X")}) == 3
 

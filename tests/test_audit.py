@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_samples import MODEL, NOW, SECOND, delivered, in_memory, record, refused, store
 
-from agent import audit
-from agent.audit import GENESIS, Block, Head, Seal, canonical, head_of, link, pack, verify
-from agent.audit_cli import add_parser, export, signed_by
-from agent.audit_cli import verify as verify_file
-from agent.entries import LedgerLimits, Noted, Rejected, Store
 from agent.errors import LedgerError
-from agent.ledger import Ledger
 from agent.messages import Redaction
+from agent.store import audit
+from agent.store.audit import GENESIS, Block, Head, Seal, canonical, head_of, link, pack, verify
+from agent.store.audit_cli import add_parser, export, signed_by
+from agent.store.audit_cli import verify as verify_file
+from agent.store.entries import LedgerLimits, Noted, Rejected, Store
+from agent.store.ledger import Ledger
 
 
 def row(n, **fields):

@@ -11,10 +11,10 @@ from canary import Vector, find_mark, leaks
 from corpus import vectors
 
 from agent.errors import RefusedError
-from agent.inspection import InspectionLimits
-from agent.pictures import RedactionOptions
-from agent.redaction import redact_payload
-from agent.worker import RedactionWorker, WorkerOptions
+from agent.payloads.inspection import InspectionLimits
+from agent.pictures.formats import RedactionOptions
+from agent.redaction.redaction import redact_payload
+from agent.redaction.worker import RedactionWorker, WorkerOptions
 
 VECTORS = vectors()
 LIMITS, OPTIONS = InspectionLimits(), RedactionOptions()

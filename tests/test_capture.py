@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.capture import stated_ns
 from agent.errors import RefusedError
 from agent.messages import Message
-from agent.policy_config import Rule
+from agent.places.capture import stated_ns
+from agent.settings.policy_config import Rule
 
 SECOND = 10**9
 

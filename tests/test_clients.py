@@ -16,8 +16,8 @@ import pytest
 import stream
 from consumers import SECONDS, SUBSCRIPTIONS, consumer, read_by_node, subscribed
 
-from agent.attributes import texts
-from agent.envelope import CONTENT_TYPE, unpack, verify
+from agent.wire.attributes import texts
+from agent.wire.envelope import CONTENT_TYPE, unpack, verify
 from tools.brokers import mosquitto, mosquitto_path
 
 pytestmark = pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")

@@ -9,9 +9,9 @@ import pytest
 
 from agent import __main__ as command_line
 from agent import assembly, commands, status
-from agent.entries import LedgerLimits
 from agent.errors import InvalidConfigError
-from agent.ledger import Ledger
+from agent.store.entries import LedgerLimits
+from agent.store.ledger import Ledger
 
 ROOT = Path(__file__).parent.parent
 AGENT = """

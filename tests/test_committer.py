@@ -4,9 +4,9 @@ import threading
 import pytest
 from ledger_samples import delivered, numbers, opened, store
 
-from agent.committer import CommitOptions, Committer
-from agent.entries import SweepResult
 from agent.errors import LedgerCorruptError, LedgerError, LedgerStalledError
+from agent.store.committer import CommitOptions, Committer
+from agent.store.entries import SweepResult
 
 
 @pytest.fixture

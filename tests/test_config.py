@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from agent import typed
-from agent.config import AgentConfig, load_agent, load_policy, shipped_manifest
 from agent.errors import InvalidConfigError
-from agent.policy_config import PolicyConfig
+from agent.settings import typed
+from agent.settings.config import AgentConfig, load_agent, load_policy, shipped_manifest
+from agent.settings.policy_config import PolicyConfig
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = """

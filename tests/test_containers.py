@@ -12,10 +12,10 @@ from blocks import after_ihdr, after_soi, chunk, raw_png, riff, segment, tiff, w
 from canary import HEIGHT, WIDTH, saved, scene
 from PIL import Image
 
-from agent import exif, jpeg, png, webp
-from agent.containers import format_of, read_header, rebuild
 from agent.errors import RefusedError
-from agent.pictures import Colour, Format, PictureLimits
+from agent.pictures import exif, jpeg, png, webp
+from agent.pictures.containers import format_of, read_header, rebuild
+from agent.pictures.formats import Colour, Format, PictureLimits
 
 LIMITS = PictureLimits()
 PLAIN = {kind: saved(scene(), kind) for kind in ("JPEG", "PNG", "WEBP")}

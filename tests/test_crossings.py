@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.geodesy import at_least_m, sphere_m
-from agent.gnss import FixReader, FixSource
 from agent.messages import Capture, Message
-from agent.polygons import unpack_polygons
-from agent.positions import PositionHistory, PositionLimits
-from agent.regions import RegionMap
+from agent.places.geodesy import at_least_m, sphere_m
+from agent.places.gnss import FixReader, FixSource
+from agent.places.polygons import unpack_polygons
+from agent.places.positions import PositionHistory, PositionLimits
+from agent.places.regions import RegionMap
 from tools import regions
 from tools.crossings import BARE, PERIODS_S, ROUTES, Outcome, Rehearsal, fix_at, fixes, track
 from tools.importing import comma, mdf

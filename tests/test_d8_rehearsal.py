@@ -26,8 +26,8 @@ from peers import CONNACK, MOVED, Peer, farewell, reference, server_context
 
 from agent import status
 from agent.assembly import SHIPPED_BORDERS
-from agent.envelope import unpack
-from agent.regions import RegionMap
+from agent.places.regions import RegionMap
+from agent.wire.envelope import unpack
 from tools.brokers import mosquitto_path
 
 DNS = "10.77.0.53"
@@ -92,13 +92,13 @@ networks = ["{network}"]
 
 IN_LAPSE = """
 import functools, sys
-from agent import uplink
+from agent.uplink import uplink
 from agent.__main__ import main
 uplink.delays = functools.partial(uplink.delays, longest=1.0)
 sys.exit(main())
 """  # an endpoint is tried again every second at least, where the real agent waits for up to a minute
 
-WITH_MODEL = "import time, agent.detector; time.sleep(600)"
+WITH_MODEL = "import time, agent.redaction.detector; time.sleep(600)"
 """The libraries of the process that redacts, without its system call filter: do they talk by themselves?"""
 
 

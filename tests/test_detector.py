@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from agent.detector import Detector, frame_of, prepared
 from agent.errors import ModelError
-from agent.geometry import far_windows
-from agent.manifest import Input, read_manifest
+from agent.redaction.detector import Detector, frame_of, prepared
+from agent.redaction.geometry import far_windows
+from agent.redaction.manifest import Input, read_manifest
 
 CLASSES = ["person", "face", "plate"]
 
@@ -147,7 +147,7 @@ def test_missing_model_is_refused(tmp_path):
 
 
 def test_oversized_model_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr("agent.detector.LARGEST_MODEL", 10)
+    monkeypatch.setattr("agent.redaction.detector.LARGEST_MODEL", 10)
     with pytest.raises(ModelError, match="larger than 10 bytes"):
         Detector.open(manifest_for(tmp_path, mean_model()))
 

@@ -4,7 +4,7 @@ import pytest
 from harness import car
 
 from agent import assembly, doctor
-from agent.config import shipped_manifest
+from agent.settings.config import shipped_manifest
 
 
 async def findings(setup):

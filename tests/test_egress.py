@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peers import MOVED, USE_ANOTHER, farewell, peer, reference
 
-from agent import egress
-from agent.egress import PeerRules, dial, permitted, resolve, tls_context
 from agent.errors import EndpointError
-from agent.packets import Outgoing, Session
+from agent.mqtt.packets import Outgoing, Session
+from agent.uplink import egress
+from agent.uplink.egress import PeerRules, dial, permitted, resolve, tls_context
 from tools.brokers import mosquitto
 
 HOST = "broker.example.com"

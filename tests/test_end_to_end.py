@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from harness import HONG_KONG, LOK_MA_CHAU, RULES, SHENZHEN, car
 from PIL import Image
 
-from agent.envelope import verify
 from agent.errors import EnvelopeError
+from agent.wire.envelope import verify
 
 
 def jpeg(seed=0, size=(320, 240), comment=b""):

@@ -11,9 +11,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent import envelope as wire
-from agent.attributes import from_texts, texts
-from agent.envelope import (
+from agent.errors import EnvelopeError
+from agent.messages import Basis
+from agent.mqtt.packets import Outgoing
+from agent.wire import envelope as wire
+from agent.wire.attributes import from_texts, texts
+from agent.wire.envelope import (
     Attributes,
     Signer,
     from_binary,
@@ -24,10 +27,7 @@ from agent.envelope import (
     unpack,
     verify,
 )
-from agent.errors import EnvelopeError
-from agent.messages import Basis
-from agent.packets import Outgoing
-from agent.signing import key_id_of, pre_authentication_encoding
+from agent.wire.signing import key_id_of, pre_authentication_encoding
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 SIGNER = Signer(key=KEY, key_id=key_id_of(KEY.public_key()))

@@ -6,7 +6,7 @@ import time
 from endpoints import bench, number_of
 from fake_broker import fake_broker
 
-from agent import flights
+from agent.uplink import flights
 
 YEAR_NS = 365 * 86_400 * 10**9
 
@@ -33,7 +33,7 @@ async def test_expiry_on_the_wire_stays_a_valid_number_after_a_jump_back(patienc
 
 
 async def test_memory_in_flight_is_bounded_in_bytes(patience, monkeypatch):
-    monkeypatch.setattr("agent.uplink.IN_FLIGHT_BYTES", 200_000)
+    monkeypatch.setattr("agent.uplink.uplink.IN_FLIGHT_BYTES", 200_000)
     most = []
     add = flights.Flights.add
 

@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.errors import RefusedError
-from agent.fields import CoarsePosition, CoarseTime, FieldRules, apply_field_rules, coarse_position
-from agent.geodesy import sphere_m
+from agent.payloads.fields import CoarsePosition, CoarseTime, FieldRules, apply_field_rules, coarse_position
+from agent.places.geodesy import sphere_m
 
 KEY = b"0123456789abcdef"
 

@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from agent.envelope import unpack
 from agent.errors import EnvelopeError, PositionError, RefusedError
-from agent.gnss import FixReader, FixSource
-from agent.inspection import InspectionLimits, inspect, rewrite
 from agent.messages import Box, Message
-from agent.pictures import PictureLimits, RedactedPayload, RedactionOptions
-from agent.redaction import redact_payload
+from agent.payloads.inspection import InspectionLimits, inspect, rewrite
+from agent.pictures.formats import PictureLimits, RedactedPayload, RedactionOptions
+from agent.places.gnss import FixReader, FixSource
+from agent.redaction.redaction import redact_payload
+from agent.wire.envelope import unpack
 
 EXAMPLES = int(os.environ.get("RESIDENCY_FUZZ_EXAMPLES", "150"))
 LIMITS = InspectionLimits(picture=PictureLimits(max_pixels=100_000, max_bytes=1 << 20))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.geometry import (
+from agent.redaction.geometry import (
     areas,
     boxes_from_centres,
     boxes_from_distances,

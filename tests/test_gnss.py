@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import PositionError
-from agent.freshness import ANY_AGE_NS, Freshness
-from agent.geodesy import gcj02_from_wgs84, sphere_m, wgs84_from_gcj02
-from agent.gnss import FixReader, FixSource
 from agent.messages import Message
+from agent.places.freshness import ANY_AGE_NS, Freshness
+from agent.places.geodesy import gcj02_from_wgs84, sphere_m, wgs84_from_gcj02
+from agent.places.gnss import FixReader, FixSource
 
 S = 10**9
 START = 1_790_000_000  # Unix seconds at monotonic 0

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from agent.attributes import from_texts, texts
-from agent.envelope import PAYLOAD_TYPE, Signer, from_binary, pack, properties, unpack, verify
 from agent.errors import EnvelopeError
-from agent.signing import public_keys
+from agent.wire.attributes import from_texts, texts
+from agent.wire.envelope import PAYLOAD_TYPE, Signer, from_binary, pack, properties, unpack, verify
+from agent.wire.signing import public_keys
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = json.loads((FOLDER / "records.json").read_text(encoding="utf-8"))

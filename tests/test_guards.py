@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from paho.mqtt.client import Client
 
-import agent.outlet
-from agent import egress
-from agent.mqtt_client import DirectClient
+import agent.uplink.outlet
+from agent.mqtt.client import DirectClient
 from agent.pipeline import Pipeline
+from agent.places.positions import PositionHistory, PositionLimits
+from agent.places.tracks import Sighting
 from agent.policy import _SEAL, Cleared, Policy
-from agent.positions import PositionHistory, PositionLimits
-from agent.tracks import Sighting
+from agent.uplink import egress
 
 TESTS = Path(__file__).parent
 
@@ -122,7 +122,7 @@ GUARDS = [
     Guard(
         "only what was cleared is published",
         f"{OUTLET}::test_outlet_takes_nothing_but_what_was_cleared_for_its_endpoint",
-        replace(agent.outlet, "Cleared", object),
+        replace(agent.uplink.outlet, "Cleared", object),
     ),
     Guard(
         "seal of a clearance",

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import RefusedError
-from agent.inspection import InspectionLimits, inspect, rewrite
-from agent.packed import msgpack_leaves, protobuf_leaves, varint
-from agent.signatures import search
+from agent.payloads.inspection import InspectionLimits, inspect, rewrite
+from agent.payloads.packed import msgpack_leaves, protobuf_leaves, varint
+from agent.pictures.signatures import search
 
 LIMITS = InspectionLimits()
 PICTURE = saved(scene(), "JPEG", quality=80)

@@ -8,17 +8,18 @@ from endpoints import record
 from fake_broker import fake_broker
 from ledger_samples import in_memory
 
-from agent import backoff, intake
 from agent.board import Board
-from agent.committer import CommitOptions, Committer
-from agent.entries import LedgerLimits, Refused, Store
 from agent.errors import LedgerCorruptError
-from agent.intake import Fixes, Intake, IntakeOptions, Inward
-from agent.ledger import Ledger
-from agent.packets import Session
-from agent.positions import PositionHistory
-from agent.sockets import boot_ns
-from agent.waiting import FOREVER_NS
+from agent.intake import intake
+from agent.intake.intake import Fixes, Intake, IntakeOptions, Inward
+from agent.intake.waiting import FOREVER_NS
+from agent.mqtt import backoff
+from agent.mqtt.packets import Session
+from agent.mqtt.sockets import boot_ns
+from agent.places.positions import PositionHistory
+from agent.store.committer import CommitOptions, Committer
+from agent.store.entries import LedgerLimits, Refused, Store
+from agent.store.ledger import Ledger
 from tools.brokers import amqtt, mosquitto
 
 TOPIC = "vehicle/speed"
@@ -279,8 +280,8 @@ async def until(condition):
 @asynccontextmanager
 async def sender(broker, protocol="5"):
     """`await publish(payload)`: QoS 1, returns with the PUBACK."""
-    from agent.mqtt import Connection  # noqa: PLC0415
-    from agent.packets import Outgoing  # noqa: PLC0415
+    from agent.mqtt.connection import Connection  # noqa: PLC0415
+    from agent.mqtt.packets import Outgoing  # noqa: PLC0415
 
     connection = Connection(Session(host=broker.host, port=broker.port, client_id="sender", protocol=protocol))
     await connection.open()

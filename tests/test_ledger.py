@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from ledger_samples import MODEL, NOW, SECOND, delivered, in_memory, numbers, opened, record, refused, store
 
-from agent.entries import IntakeKey, Noted, Redecided, Rejected, Released, SessionReset, Store, Withdrawn
 from agent.errors import LedgerError
-from agent.ledger import Ledger
 from agent.messages import Priority, Redaction, State
+from agent.store.entries import IntakeKey, Noted, Redecided, Rejected, Released, SessionReset, Store, Withdrawn
+from agent.store.ledger import Ledger
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ import pytest
 from faultdisk import FaultDisk
 from ledger_samples import NOW, SECOND, delivered, in_memory, numbers, opened, record, refused, store
 
-from agent.audit_cli import verify
-from agent.committer import CommitOptions, Committer
-from agent.entries import IntakeKey, Noted, Rejected
 from agent.errors import LedgerCorruptError, LedgerError, LedgerStalledError
-from agent.ledger import Ledger
+from agent.store.audit_cli import verify
+from agent.store.committer import CommitOptions, Committer
+from agent.store.entries import IntakeKey, Noted, Rejected
+from agent.store.ledger import Ledger
 
 KILLS = int(os.environ.get("RESIDENCY_SOAK_KILLS", "6"))
 

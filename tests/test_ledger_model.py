@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from ledger_samples import NOW, SECOND, delivered, in_memory, opened, refused, store
 
-from agent.audit_cli import verify
-from agent.entries import IntakeKey, Rejected, Released, Withdrawn
 from agent.errors import LedgerEntryError
-from agent.lanes import RECORD_OVERHEAD
 from agent.messages import Priority, State
+from agent.store.audit_cli import verify
+from agent.store.entries import IntakeKey, Rejected, Released, Withdrawn
+from agent.store.lanes import RECORD_OVERHEAD
 
 LANE, TOTAL, INLINE = 6000, 14_000, 1000
 REGIONS = (("cn",), ("hk",), ("cn", "hk"))

@@ -9,9 +9,9 @@ import pytest
 from faultdisk import CrashImage, FaultDisk
 from ledger_samples import NOW, SECOND, delivered, in_memory, numbers, opened, record, store
 
-from agent.audit_cli import verify
-from agent.entries import Released
 from agent.messages import State
+from agent.store.audit_cli import verify
+from agent.store.entries import Released
 
 LIMITS = {"inline_bytes": 2000, "total_bytes": 60_000, "audit_bytes": 4000, "intake_window": 8, "journal_bytes": 50_000}
 CUTS = int(os.environ.get("RESIDENCY_SOAK_CUTS", "150"))

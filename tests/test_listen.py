@@ -18,7 +18,7 @@ import stream
 from authority import Authority
 from consumers import SECONDS, SUBSCRIPTIONS, consumer, subscribed, until
 
-from agent.packets import Outgoing, Session
+from agent.mqtt.packets import Outgoing, Session
 from tools.__main__ import main as tools_main
 from tools.brokers import free_port, mosquitto, mosquitto_path
 from tools.listening import receiving

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from agent import presence
-from agent.attributes import texts
-from agent.envelope import CONTENT_TYPE, unpack
-from agent.packets import Outgoing
+from agent.mqtt.packets import Outgoing
+from agent.wire import presence
+from agent.wire.attributes import texts
+from agent.wire.envelope import CONTENT_TYPE, unpack
 from tools.listening.board import Board
 from tools.listening.files import StoreError, needed, partition, store
 from tools.listening.inbox import Arrival, Inbox, Roll, Row

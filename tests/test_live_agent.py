@@ -13,7 +13,7 @@ from consumers import consumer, judged_by_the_official_parser
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from harness import HONG_KONG, SHENZHEN, car
 
-from agent import asyncapi
+from agent.wire import asyncapi
 from tools.brokers import mosquitto_path
 
 pytestmark = pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")

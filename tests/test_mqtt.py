@@ -4,8 +4,8 @@ import socket
 import pytest
 
 from agent.errors import EndpointError
-from agent.mqtt import Connection
-from agent.packets import Outgoing, Session
+from agent.mqtt.connection import Connection
+from agent.mqtt.packets import Outgoing, Session
 from tools.brokers import mosquitto
 
 

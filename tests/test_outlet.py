@@ -12,10 +12,10 @@ from fake_broker import fake_broker
 from test_policy import policy_of, record
 
 import agent
-from agent.outlet import Outlet
 from agent.policy import Cleared
+from agent.uplink.outlet import Outlet
 
-TRANSPORT = {"packets", "mqtt", "mqtt_client", "transport"}  # modules that carry a PUBLISH and make none
+TRANSPORT = {"packets", "connection", "client", "transport"}  # modules that carry a PUBLISH and make none
 
 
 async def test_record_that_the_policy_permits_no_longer_is_withdrawn_and_never_sent(patience):
@@ -79,7 +79,7 @@ def test_only_the_outlet_and_the_intake_marker_make_a_publish():
 @functools.cache
 def modules():
     folder = Path(agent.__file__).parent
-    return [(path.stem, identifiers(ast.parse(path.read_text()))) for path in folder.glob("*.py")]
+    return [(path.stem, identifiers(ast.parse(path.read_text()))) for path in folder.rglob("*.py")]
 
 
 def identifiers(tree):

@@ -7,14 +7,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from worlds import COUNTRIES, SEA, STRIPE_M, Drive, Stripes, country, fix, lie, message
 
-from agent.envelope import unpack
 from agent.errors import RefusedError
-from agent.inspection import InspectionLimits
 from agent.messages import Basis, Hold, Message, Publish, Record, State
+from agent.payloads.inspection import InspectionLimits
 from agent.pipeline import Identity, Pipeline, Stamp
+from agent.places.positions import PositionHistory
 from agent.policy import UNLISTED, Policy
-from agent.policy_config import DataClass, Endpoint, PolicyConfig, Region, Rule
-from agent.positions import PositionHistory
+from agent.settings.policy_config import DataClass, Endpoint, PolicyConfig, Region, Rule
+from agent.wire.envelope import unpack
 
 ENDPOINTS = ("a", "b", "c")
 REGIONS = ("one", "two", "three")

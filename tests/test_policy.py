@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from agent.config import load_policy
 from agent.errors import InvalidConfigError
 from agent.messages import Basis, Capture, Hold, Priority, Publish, Record, Refuse, State, Whereabouts
 from agent.policy import UNLISTED, Cleared, Policy, is_loopback
-from agent.policy_config import DataClass, Endpoint, PolicyConfig, Region, Rule
+from agent.settings.config import load_policy
+from agent.settings.policy_config import DataClass, Endpoint, PolicyConfig, Region, Rule
 
 EXAMPLE = Path(__file__).parent.parent / "systemd" / "policy.example.toml"
 REGIONS = {"cn": ["CN"], "hk": ["HK"], "eea": ["DE", "FR"]}

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.geodesy import at_least_m, at_most_m, middle, sphere_m
 from agent.messages import Capture, Fix, Message
-from agent.positions import CaptureLimits, PositionHistory, PositionLimits, WallClock, capture_of
-from agent.tracks import Sighting, Track
+from agent.places.geodesy import at_least_m, at_most_m, middle, sphere_m
+from agent.places.positions import CaptureLimits, PositionHistory, PositionLimits, WallClock, capture_of
+from agent.places.tracks import Sighting, Track
 
 S = 10**9
 NOW = 1_790_000_000 * S

@@ -9,7 +9,7 @@ import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from agent.presence import Session, birth, death, status
+from agent.wire.presence import Session, birth, death, status
 from tools.brokers import mosquitto, mosquitto_path
 
 SESSION = Session(id="s-1", source="urn:vehicle:a", vehicle="car-7")

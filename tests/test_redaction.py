@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from agent import exif
-from agent.containers import read_header
 from agent.errors import ModelError, RefusedError
-from agent.inspection import InspectionLimits
-from agent.masking import Area, areas, head_part, paint, stored, upright, whole_blocks
 from agent.messages import Box
-from agent.pictures import Fill, Margin, People, PictureLimits, RedactionOptions
-from agent.redaction import redact_payload, redact_picture
+from agent.payloads.inspection import InspectionLimits
+from agent.pictures import exif
+from agent.pictures.containers import read_header
+from agent.pictures.formats import Fill, Margin, People, PictureLimits, RedactionOptions
+from agent.redaction.masking import Area, areas, head_part, paint, stored, upright, whole_blocks
+from agent.redaction.redaction import redact_payload, redact_picture
 
 LIMITS, OPTIONS = PictureLimits(), RedactionOptions(margins={})
 GREY = Image.fromarray(scene()).convert("L")

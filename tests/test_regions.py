@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent import geojson
 from agent.errors import ConfigError
-from agent.geodesy import sphere_m
-from agent.guards import Guards, Override
-from agent.polygons import UNITS_PER_DEGREE, Polygon, pack_polygons, unpack_polygons
-from agent.regions import RegionMap
+from agent.places import geojson
+from agent.places.geodesy import sphere_m
+from agent.places.guards import Guards, Override
+from agent.places.polygons import UNITS_PER_DEGREE, Polygon, pack_polygons, unpack_polygons
+from agent.places.regions import RegionMap
 
 BORDERS = Path(__file__).parent.parent / "agent" / "data" / "borders.bin"
 NO_GUARDS = Guards(default_m=0.0, length_share=0.0, cap_m=0.0, pairs={}, stretches=())

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.guards import Guards
-from agent.polygons import unpack_polygons
-from agent.regions import RegionMap
+from agent.places.guards import Guards
+from agent.places.polygons import unpack_polygons
+from agent.places.regions import RegionMap
 from tools import regions
 
 SQUARE = [[[[0.0, 0.0], [1.0, 0.0], [1.0, 1.00001], [0.0, 1.0], [0.0, 0.0]]]]

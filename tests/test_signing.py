@@ -7,9 +7,9 @@ import stream
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from agent.envelope import pack, unpack, verify
 from agent.errors import EnvelopeError
-from agent.signing import Signature, Signer, key_id_of, public_key, public_keys
+from agent.wire.envelope import pack, unpack, verify
+from agent.wire.signing import Signature, Signer, key_id_of, public_key, public_keys
 
 KEY, SAMPLE = stream.KEY, stream.TELEMETRY
 

@@ -19,7 +19,7 @@ importlib.import_module(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("module", ["agent.detector", "tools.evaluation.baselines"])
+@pytest.mark.parametrize("module", ["agent.redaction.detector", "tools.evaluation.baselines"])
 def test_onnxruntime_is_told_to_report_nothing_before_it_is_loaded(module):
     told = subprocess.run([sys.executable, "-c", LOADED, module], capture_output=True, text=True, check=True)
     assert told.stdout == "loaded with ORT_DISABLE_TELEMETRY = 1\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agent import systemd
-from agent.config import shipped_manifest
+from agent.settings.config import shipped_manifest
 
 UNIT = Path(__file__).parent.parent / "systemd" / "residency-agent.service"
 MOST_EXPOSURE = 1.5
@@ -25,7 +25,7 @@ except PermissionError:
 import numpy
 from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from agent.detector import Detector
+from agent.redaction.detector import Detector
 Ed25519PrivateKey.generate().sign(b"x")
 Detector.open(Path(sys.argv[1])).detect(numpy.zeros((240, 320, 3), numpy.uint8))
 """

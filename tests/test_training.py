@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from agent.detector import Detector
 from agent.messages import Box
+from agent.redaction.detector import Detector
 from tools.training import plates
 from tools.training.augment import Tile, choose_window, flipped, mosaic, paste_from, pasted, show, weathered
 from tools.training.completion import completed, open_classes

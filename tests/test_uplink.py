@@ -7,10 +7,12 @@ from fake_broker import fake_broker
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import backoff, mqtt, uplink
 from agent.messages import Priority
-from agent.patience import Patience
-from agent.shares import SHARE, Shares
+from agent.mqtt import backoff
+from agent.mqtt import connection as mqtt
+from agent.uplink import uplink
+from agent.uplink.patience import Patience
+from agent.uplink.shares import SHARE, Shares
 
 
 @pytest.fixture(autouse=True)

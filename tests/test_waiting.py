@@ -3,7 +3,7 @@ from collections import deque
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.waiting import FOREVER_NS, Waiting
+from agent.intake.waiting import FOREVER_NS, Waiting
 
 EVENTS = st.one_of(
     st.sampled_from(["publish", "publish", "ack", "ack", "mark", "lose", "connect", "restart"]),

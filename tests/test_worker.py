@@ -15,12 +15,12 @@ import pytest
 from canary import find_mark, saved, scene
 from detectors import DIGEST, POISON
 
-from agent import seccomp
 from agent.errors import RefusedError
-from agent.inspection import InspectionLimits
-from agent.pictures import PictureLimits, RedactionOptions
-from agent.redaction import redact_payload
-from agent.worker import RedactionWorker, WorkerOptions
+from agent.payloads.inspection import InspectionLimits
+from agent.pictures.formats import PictureLimits, RedactionOptions
+from agent.redaction import seccomp
+from agent.redaction.redaction import redact_payload
+from agent.redaction.worker import RedactionWorker, WorkerOptions
 from tools.recording import messages
 
 ROOT = Path(__file__).parent.parent
@@ -136,7 +136,7 @@ async def test_worker_killed_between_two_pictures_is_replaced(options):
 
 
 async def test_missing_model_refuses_every_picture_and_the_agent_lives(options):
-    given = replace(options, factory="agent.detector:Detector.open")
+    given = replace(options, factory="agent.redaction.detector:Detector.open")
     async with RedactionWorker(given) as worker:
         assert [await refusal(worker, HARMLESS) for _ in range(3)] == ["redaction.model"] * 3
         assert (worker.ready, worker.error, worker.digest) == (False, "redaction.model", "")
@@ -254,7 +254,7 @@ def test_worker_dies_with_a_killed_agent_even_in_the_middle_of_a_picture(patienc
     script = (
         "import asyncio, os, signal, sys\n"
         "from pathlib import Path\n"
-        "from agent.worker import RedactionWorker, WorkerOptions\n"
+        "from agent.redaction.worker import RedactionWorker, WorkerOptions\n"
         "async def main():\n"
         "    options = WorkerOptions(manifest=Path('m'), factory='detectors:sleeping', timeout_s=3600)\n"
         "    async with RedactionWorker(options) as worker:\n"
@@ -271,7 +271,8 @@ def test_worker_dies_with_a_killed_agent_even_in_the_middle_of_a_picture(patienc
 
 
 def test_agent_process_imports_neither_pillow_nor_onnxruntime():
-    script = "import sys, agent.worker, agent.inspection\nprint({'PIL', 'onnxruntime', 'numpy'} & set(sys.modules))"
+    script = "import sys, agent.redaction.worker, agent.payloads.inspection\n"
+    script += "print({'PIL', 'onnxruntime', 'numpy'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert ran.stdout.strip() == "set()"
 
@@ -279,7 +280,9 @@ def test_agent_process_imports_neither_pillow_nor_onnxruntime():
 async def test_shipped_model_gives_the_same_bytes_for_any_number_of_threads(options):
     drive = ROOT / "tools" / "drives" / "shenzhen-hong-kong.mcap"
     street = next(m.payload for m in messages(drive) if m.topic == "vehicle/camera/front" and len(m.payload) > 50_000)
-    shipped = replace(options, manifest=ROOT / "models" / "detector.json", factory="agent.detector:Detector.open")
+    shipped = replace(
+        options, manifest=ROOT / "models" / "detector.json", factory="agent.redaction.detector:Detector.open"
+    )
     outputs, counts = set(), {}
     for threads in (1, 2, 1):
         async with RedactionWorker(replace(shipped, threads=threads)) as worker:

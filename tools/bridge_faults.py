@@ -19,12 +19,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent import envelope
 from agent.assembly import LEDGER_FILE
 from agent.errors import EndpointError
-from agent.ledger import Ledger
-from agent.mqtt import Connection
-from agent.packets import Outgoing, Session
+from agent.mqtt.connection import Connection
+from agent.mqtt.packets import Outgoing, Session
+from agent.store.ledger import Ledger
+from agent.wire import envelope
 from tools.agent_process import AgentProcess
 from tools.brokers import Broker, free_port, mosquitto
 

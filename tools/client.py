@@ -19,7 +19,7 @@ from paho.mqtt.properties import Properties as PahoProperties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.errors import EndpointError
-from agent.packets import PackedProperties
+from agent.mqtt.packets import PackedProperties
 from tools.recording import NO_PROPERTIES, Properties
 
 CONNECT_SECONDS = 10.0

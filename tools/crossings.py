@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from agent.geodesy import Place, sphere_m
-from agent.guards import Guards
 from agent.messages import Capture, Fix
-from agent.polygons import Polygon
-from agent.positions import PositionHistory, PositionLimits
-from agent.regions import RegionMap
+from agent.places.geodesy import Place, sphere_m
+from agent.places.guards import Guards
+from agent.places.polygons import Polygon
+from agent.places.positions import PositionHistory, PositionLimits
+from agent.places.regions import RegionMap
 
 SECOND_NS = 1_000_000_000
 METRES_PER_DEGREE = 111_195.0  # of latitude, on a sphere of 6371 km

@@ -29,11 +29,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.console import Console
 from rich.live import Live
 
-from agent.config import load_policy
 from agent.errors import AgentError
-from agent.packets import Session
+from agent.mqtt.packets import Session
 from agent.policy import Policy
-from agent.signing import public_key, public_keys
+from agent.settings.config import load_policy
+from agent.wire.signing import public_key, public_keys
 from tools.client import Address, add_address_arguments, address_of
 from tools.listening.board import Board
 from tools.listening.files import FORMS, StoreError, needed

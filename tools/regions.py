@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from agent.polygons import UNITS_PER_DEGREE, Polygon, Ring, pack_polygons, unpack_polygons
-from agent.regions import RegionMap
+from agent.places.polygons import UNITS_PER_DEGREE, Polygon, Ring, pack_polygons, unpack_polygons
+from agent.places.regions import RegionMap
 from tools.crossings import table
 
 PACKAGE = "@rapideditor/country-coder@5.6.1"

@@ -19,7 +19,7 @@ from typing import Any
 
 from agent.assembly import SHIPPED_BORDERS
 from agent.errors import AgentError
-from agent.regions import RegionMap
+from agent.places.regions import RegionMap
 from tools.drawing import (
     KEPT,
     Projection,

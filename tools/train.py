@@ -94,7 +94,7 @@ def run_network(args: argparse.Namespace) -> int:
 
 def run_complete(args: argparse.Namespace) -> int:
     """Write labels in which the detector has spoken of the classes that its sources left out."""
-    from agent.detector import Detector  # noqa: PLC0415
+    from agent.redaction.detector import Detector  # noqa: PLC0415
     from tools.training.completion import completed  # noqa: PLC0415
 
     detector = Detector.open(args.manifest, threads=os.cpu_count() or 1)

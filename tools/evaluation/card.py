@@ -28,11 +28,8 @@ def tables(result: Mapping[str, Any], names: Sequence[str]) -> str:
     parts.append(_contest(result["side_by_side"]))
     times = result["latency_ms"]
     if times:
-        ratio = times["ours"] / times["centerface"]
-        parts.append(
-            f"One 1280x736 pass, one thread, medians of one run: {times['ours']} ms; "
-            f"CenterFace {times['centerface']} ms; {ratio:.3f} of its time.",
-        )
+        rows = [[name, f"{value}", f"{times['ours'] / value:.3f}"] for name, value in times.items()]
+        parts.append(_table(("one 1280x736 pass, one thread, medians of one run", "ms", "ours / its time"), rows))
     return "\n\n".join(parts)
 
 

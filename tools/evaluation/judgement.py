@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.geometry import intersections, overlaps
+from agent.redaction.geometry import intersections, overlaps
 from tools.evaluation.truths import Floats, Truth
 
 COVERED = 0.5  # share of an object's box that must be masked: GB/T 44464-2024, B.5.3

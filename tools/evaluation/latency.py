@@ -9,23 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.manifest import Input, read_manifest
+from agent.redaction.manifest import Input, read_manifest
 from tools.evaluation.baselines import dynamic_centerface, session_of
 
 WIDTH, HEIGHT = 1280, 736  # pixels
 
 
 def passes(manifest: Path, centerface: Path) -> dict[str, Callable[[], object]]:
-    """One 1280x736 pass of each."""
+    """One 1280x736 pass of ours and of CenterFace, as its package runs it and with its weights folded."""
     described = read_manifest(manifest)
     ours = session_of((manifest.parent / described.model).read_bytes())
     theirs = session_of(dynamic_centerface(centerface))
+    folded = session_of(dynamic_centerface(centerface, folded=True))
     picture = np.random.default_rng(0).integers(0, 256, (1, HEIGHT, WIDTH, 3), np.uint8)
     given = _batch(picture, described.input)
     real = np.ascontiguousarray(picture.transpose(0, 3, 1, 2), np.float32)
     return {
         "ours": lambda: ours.run(None, {described.input.name: given}),
         "centerface": lambda: theirs.run(None, {"input.1": real}),
+        "centerface-folded": lambda: folded.run(None, {"input.1": real}),
     }
 
 

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from agent.envelope import Envelope
+from agent.wire.envelope import Envelope
 from tools.listening.judging import REFUSED, Judgement, Verdict
 
 LATEST_REFUSALS = 5  # shown below the table

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
 
-from agent.attributes import NAMES, parse_time
 from agent.errors import AgentError
+from agent.wire.attributes import NAMES, parse_time
 from tools.listening.inbox import Roll, Row
 
 Rows = list[Row]

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.attributes import texts
-from agent.envelope import Envelope
+from agent.wire.attributes import texts
+from agent.wire.envelope import Envelope
 
 KEY_BYTES = 16  # 128 bits of SHA-256: no accidental collision among 10^9 records
 BUSY_SECONDS = 60.0  # how long one consumer waits for another's transaction

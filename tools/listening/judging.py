@@ -8,10 +8,11 @@ from enum import StrEnum
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from agent import presence, topics
-from agent.addressing import PRESENCE_TEMPLATE, STATUS_TEMPLATE
-from agent.envelope import MAX_ENVELOPE_BYTES, Envelope, received, verify
+from agent import topics
 from agent.errors import EnvelopeError
+from agent.wire import presence
+from agent.wire.addressing import PRESENCE_TEMPLATE, STATUS_TEMPLATE
+from agent.wire.envelope import MAX_ENVELOPE_BYTES, Envelope, received, verify
 
 _NOTICES = tuple(template.format(vehicle="+") for template in (PRESENCE_TEMPLATE, STATUS_TEMPLATE))
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from agent.backoff import delays
 from agent.errors import EndpointError
-from agent.mqtt import Connection
-from agent.packets import Delivery, Session
+from agent.mqtt.backoff import delays
+from agent.mqtt.connection import Connection
+from agent.mqtt.packets import Delivery, Session
 from tools.listening.board import Board
 from tools.listening.files import store
 from tools.listening.inbox import Arrival, Inbox

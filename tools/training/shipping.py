@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agent.detector import frame_of, prepared
-from agent.manifest import FORMAT, Input, Layout
+from agent.redaction.detector import frame_of, prepared
+from agent.redaction.manifest import FORMAT, Input, Layout
 from tools.training.dataset import CLASSES
 from tools.training.export import Range, float_model, int8_model
 from tools.training.network import Network, folded

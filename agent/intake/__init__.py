@@ -1,0 +1,1 @@
+"""Taking messages from the in-car broker along the line into the ledger."""

@@ -1,0 +1,274 @@
+"""Taking messages from the in-car broker.
+
+Invariants:
+- A PUBACK goes out only after the message's record, or its refusal, is durable; in the order of the PUBLISHes.
+- A message that the broker sends again after a crash, and that is already durable, is acknowledged and not taken twice.
+- How long a message may have waited in the broker counts as doubt about its capture (`waiting`).
+- A ledger that is damaged ends the agent, so that it starts again with that file set aside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import random
+import time
+import uuid
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agent import topics
+from agent.board import Board
+from agent.errors import AgentError, LedgerEntryError, LedgerError, PositionError
+from agent.intake.line import Line
+from agent.intake.waiting import FOREVER_NS, Waiting
+from agent.messages import Message, State
+from agent.mqtt.backoff import delays
+from agent.mqtt.connection import Connection
+from agent.mqtt.packets import Delivery, Outgoing, Session
+from agent.mqtt.sockets import boot_ns
+from agent.places.gnss import FixReader
+from agent.places.positions import PositionHistory
+from agent.store.committer import Committer
+from agent.store.entries import IntakeKey, Refused, SessionReset, Store
+
+log = logging.getLogger(__name__)
+
+_Unacked = asyncio.Queue[tuple[Delivery, asyncio.Task[None]]]
+
+MARKER_SECONDS = 0.25  # between two markers while messages come
+IDLE_SECONDS = 10.0  # between two markers while none come
+MARKER_PATIENCE_SECONDS = 30.0  # a marker that is not back by then is sent again, and the broker's access list doubted
+OLD_FIX_NS = 60 * 10**9  # a fix that may have waited longer would only blur the track that the next ones draw
+STABLE_SECONDS = 30.0  # a session that lived so long starts again with the shortest delay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntakeOptions:
+    """One session with the in-car broker. `outgoing` is taken; `fixes` are only read for the position."""
+
+    name: str
+    session: Session
+    outgoing: tuple[str, ...]
+    fixes: tuple[str, ...] = ()
+    queue_bytes: int = 32 << 20
+
+
+class Fixes:
+    """Feeds position messages into the fix history; counts those that are none, and those that say nothing."""
+
+    def __init__(self, readers: Sequence[tuple[str, FixReader]], history: PositionHistory) -> None:
+        self.malformed = 0
+        self.accepted = 0
+        self.stale = 0
+        self.arrived = asyncio.Event()
+        self._readers = readers
+        self._history = history
+
+    def offer(self, message: Message) -> None:
+        """Read a message with every reader of its topic; what is no fix is counted and otherwise ignored."""
+        for topic_filter, reader in self._readers:
+            if not topics.matches(topic_filter, message.topic):
+                continue
+            try:
+                fix = reader.read(message)
+            except PositionError:
+                self.malformed += 1
+                continue
+            if fix is None:
+                continue
+            self.accepted += 1
+            if fix.doubt_ns > OLD_FIX_NS:
+                self.stale += 1
+                continue
+            self._history.add(fix)
+            self.arrived.set()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inward:
+    """Where messages go: what every session shares."""
+
+    line: Line
+    committer: Committer
+    fixes: Fixes
+    board: Board
+
+
+class Intake:
+    """One session with the in-car broker, for as long as the agent runs."""
+
+    def __init__(self, options: IntakeOptions, inward: Inward, last_alive_ns: int | None) -> None:
+        """`last_alive_ns`: when (boot time) an earlier process of this boot had last emptied this session."""
+        self.connected = False
+        self._waiting = Waiting(last_alive_ns)
+        self._options = options
+        self._inward = inward
+        self._working: set[asyncio.Task[None]] = set()
+        self._marker_topic = f"residency-agent/{options.session.client_id}/marker"
+        self._news = asyncio.Event()
+
+    @property
+    def alive_ns(self) -> int | None:
+        """When (boot time) this session was last known to be empty."""
+        return self._waiting.empty_ns
+
+    async def run_loop(self) -> None:
+        """Connect, take, connect again; returns only by cancelling, which loses nothing. Raises LedgerError."""
+        waits = delays(random.random)
+        while True:
+            started = time.monotonic()
+            connection = Connection(
+                self._options.session,
+                queue_limit=self._options.session.receive_maximum,
+                queue_bytes=self._options.queue_bytes,
+            )
+            try:
+                await self._serve(connection)
+            except LedgerError:
+                raise
+            except (AgentError, TimeoutError) as exc:
+                log.warning("intake.lost", extra={"session": self._options.name, "reason": str(exc)})
+            except asyncio.CancelledError:
+                for work in self._working:
+                    work.cancel()
+                raise
+            finally:
+                self.connected = False
+                connection.close()
+                await asyncio.gather(*self._working, return_exceptions=True)  # else a redelivery could overtake them
+            if time.monotonic() - started > STABLE_SECONDS:
+                waits = delays(random.random)
+            await asyncio.sleep(next(waits))
+
+    async def _serve(self, connection: Connection) -> None:
+        session_present = await connection.open()
+        if not session_present:
+            await self._inward.committer.submit(SessionReset(session=self._options.name))
+        self._waiting.begin(boot_ns(), resumed=session_present)
+        log.info("intake.resumed" if session_present else "intake.begun", extra={"session": self._options.name})
+        await self._take(connection)
+
+    async def _take(self, connection: Connection) -> None:
+        """Receive and acknowledge until the connection is lost; what was started is finished first."""
+        unacked: _Unacked = asyncio.Queue(self._options.session.receive_maximum)
+        name = self._options.name
+        tasks = [
+            asyncio.create_task(self._ack_loop(connection, unacked), name=f"ack-{name}"),
+            asyncio.create_task(self._receive_loop(connection, unacked), name=f"take-{name}"),
+            asyncio.create_task(self._marker_loop(connection), name=f"marker-{name}"),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _receive_loop(self, connection: Connection, unacked: _Unacked) -> None:
+        while True:
+            delivery = await connection.receive()
+            work = asyncio.create_task(self._received(delivery), name=f"message-{self._options.name}")
+            self._working.add(work)
+            work.add_done_callback(self._working.discard)
+            await unacked.put((delivery, work))
+
+    def _received(self, delivery: Delivery) -> Coroutine[Any, Any, None]:
+        """Note the arrival at once; what is left to be done before the PUBACK."""
+        if delivery.topic == self._marker_topic:
+            self._waiting.returned(delivery.payload, delivery.monotonic_ns, delivery.unseen_ns)
+            self._news.set()
+            return _nothing()
+        wait_ns = self._waiting.taken(delivery.monotonic_ns, delivery.unseen_ns)
+        self._news.set()
+        return self._handle(delivery, FOREVER_NS if delivery.retain else wait_ns)
+
+    async def _marker_loop(self, connection: Connection) -> None:
+        """Subscribe; then send a marker whenever the broker may have held something back, and from time to time.
+
+        What a resumed session kept for us comes before the SUBACK, so it is taken meanwhile.
+        """
+        await connection.subscribe([*self._options.outgoing, *self._options.fixes, self._marker_topic])
+        self.connected = True
+        log.info("intake.connected", extra={"session": self._options.name})
+        while True:
+            marker = uuid.uuid4().bytes
+            self._waiting.mark(marker, boot_ns())
+            puback = await connection.publish(Outgoing(topic=self._marker_topic, payload=marker))
+            if not (puback.accepted and await self._is_back()):
+                log.warning("intake.marker-lost", extra={"session": self._options.name, "code": puback.code})
+            await asyncio.sleep(MARKER_SECONDS)
+            self._news.clear()
+            if self._waiting.flows:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(IDLE_SECONDS):
+                        await self._news.wait()
+
+    async def _is_back(self) -> bool:
+        """Wait for the marker while messages come; False when it stays away."""
+        try:
+            while self._waiting.marked:
+                self._news.clear()
+                async with asyncio.timeout(MARKER_PATIENCE_SECONDS):
+                    await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _ack_loop(self, connection: Connection, unacked: _Unacked) -> None:
+        while True:
+            delivery, work = await unacked.get()
+            await asyncio.wait([work])  # not awaited itself: cancelling us must not cancel it
+            work.result()
+            connection.ack(delivery)
+            if delivery.topic != self._marker_topic:
+                self._waiting.acknowledged()
+
+    async def _handle(self, delivery: Delivery, wait_ns: int) -> None:
+        """Return when the message is durable, refused on record, or known already; raises LedgerError."""
+        message = _message(delivery, wait_ns)
+        self._inward.fixes.offer(message)
+        if not any(topics.matches(topic_filter, message.topic) for topic_filter in self._options.outgoing):
+            return
+        key = self._key(delivery)
+        if delivery.dup and key is not None and self._inward.committer.ledger.recorded(key):
+            return
+        entry = await self._inward.line.entry(message, key)
+        try:
+            await self._inward.committer.submit(entry)
+        except LedgerEntryError:
+            entry = Refused(reason="internal.error", time_ns=time.time_ns(), intake=key)
+            await self._inward.committer.submit(entry)
+        if isinstance(entry, Store):
+            self._inward.board.wake(entry.record.route)
+            if entry.record.state is State.HELD:
+                self._inward.fixes.arrived.set()  # a fix may have come between the decision and the commit
+
+    def _key(self, delivery: Delivery) -> IntakeKey | None:
+        if delivery.qos == 0:
+            return None
+        digest = hashlib.blake2b(delivery.payload, digest_size=16, person=b"intake")
+        digest.update(delivery.topic.encode())
+        return IntakeKey(session=self._options.name, mid=delivery.mid, digest=digest.digest(), redelivered=delivery.dup)
+
+
+def _message(delivery: Delivery, wait_ns: int) -> Message:
+    return Message(
+        topic=delivery.topic,
+        payload=delivery.payload,
+        received_ns=delivery.received_ns,
+        monotonic_ns=delivery.monotonic_ns,
+        content_type=delivery.content_type,
+        properties=delivery.properties,
+        wait_ns=wait_ns,
+    )
+
+
+async def _nothing() -> None:
+    """A message that needs nothing done."""

@@ -1,0 +1,105 @@
+"""One message along the straight line, with the waiting in it: the redaction process, the numbering, the clock."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+from agent.errors import RefusedError
+from agent.messages import Hold, Message, Redaction
+from agent.pipeline import Pipeline, Plan, Stamp
+from agent.places.positions import WallClock
+from agent.store.entries import IntakeKey, Refused, Store
+
+log = logging.getLogger(__name__)
+
+
+class Redacted(Protocol):
+    """A payload that may leave."""
+
+    @property
+    def payload(self) -> bytes:
+        """The payload."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Masked boxes per label."""
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures there were."""
+
+    @property
+    def model_digest(self) -> str:
+        """SHA-256 of the model, hex."""
+
+
+class Redactor(Protocol):
+    """The redaction process."""
+
+    async def redact(self, payload: bytes, content_type: str | None = None) -> Redacted:
+        """The payload with every picture redacted; raises RefusedError."""
+
+
+class Numbering:
+    """The next sequence number of each stream; a stream is the records with the same candidate regions."""
+
+    def __init__(self, last: Mapping[str, int]) -> None:
+        self._last = dict(last)
+
+    def next(self, regions: tuple[str, ...]) -> int:
+        """Count from 1 in each stream."""
+        stream = ",".join(regions)
+        self._last[stream] = self._last.get(stream, 0) + 1
+        return self._last[stream]
+
+
+class Line:
+    """Turns messages into ledger entries. Nothing that is raised on the way lets a message out."""
+
+    def __init__(self, pipeline: Pipeline, redactor: Redactor, numbering: Numbering) -> None:
+        self.pipeline = pipeline
+        self.numbering = numbering
+        self._redactor = redactor
+        self._clock = WallClock()
+
+    async def entry(self, message: Message, key: IntakeKey | None) -> Store | Refused:
+        """What the ledger keeps of this message. Cancelling loses nothing: the message stays unacknowledged."""
+        try:
+            plan = self.pipeline.examine(message, self._clock.observe(message.received_ns, message.monotonic_ns))
+            payload, redaction = await self._redact(plan) if plan.redact else (message.payload, None)
+            return self._store(plan, payload, redaction, key)
+        except RefusedError as exc:
+            return self._refused(message, exc.reason, key)
+        except Exception as exc:  # noqa: BLE001 - whatever goes wrong, the message stays in the car
+            log.error("line.failed", extra={"error": type(exc).__name__})  # noqa: TRY400 - a trace could quote the payload
+            return self._refused(message, "internal.error", key)
+
+    async def _redact(self, plan: Plan) -> tuple[bytes, Redaction]:
+        clean = await self._redactor.redact(plan.message.payload, plan.message.content_type)
+        redaction = Redaction(counts=clean.counts, pictures=clean.pictures, model_digest=clean.model_digest)
+        return clean.payload, redaction
+
+    def _store(self, plan: Plan, payload: bytes, redaction: Redaction | None, key: IntakeKey | None) -> Store:
+        held, now_ns = isinstance(plan.decision, Hold), time.time_ns()
+        stamp = Stamp(
+            record_id=_record_id(now_ns),
+            sequence=0 if held else self.numbering.next(plan.whereabouts.regions),
+            now_ns=now_ns,
+        )
+        record = self.pipeline.record(plan, payload, redaction, stamp)
+        reason = plan.decision.reason if isinstance(plan.decision, Hold) else ""
+        return Store(record=record, intake=key, redaction=redaction, reason=reason)
+
+    def _refused(self, message: Message, reason: str, key: IntakeKey | None) -> Refused:
+        rule = self.pipeline.policy.rule_for(message.topic)
+        data_class = rule.data_class if rule is not None else ""
+        return Refused(reason=reason, time_ns=time.time_ns(), data_class=data_class or None, intake=key)
+
+
+def _record_id(now_ns: int) -> str:
+    """Unique, and ascending with the clock: neighbours in the ledger's index are written together."""
+    return f"{now_ns:016x}{secrets.token_hex(8)}"

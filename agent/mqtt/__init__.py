@@ -1,0 +1,1 @@
+"""One MQTT connection: paho's client on asyncio, with every queue bounded."""

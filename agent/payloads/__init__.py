@@ -1,0 +1,1 @@
+"""What is in a payload: pictures that hide, fields that may leave."""

@@ -1,0 +1,1 @@
+"""Pictures in, redacted pictures out, in a process of its own."""

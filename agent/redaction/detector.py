@@ -1,0 +1,177 @@
+"""The detector: an ONNX file that is what its manifest says, or no detector at all.
+
+Invariants: the bytes that run are the bytes whose SHA-256 was compared; every output is checked for shape and
+finiteness before it is believed; whatever fails is a ModelError, and the picture is then refused by the caller.
+The same picture gives the same boxes, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from PIL import Image
+
+from agent.errors import ModelError
+from agent.messages import Box
+from agent.redaction.decoding import Candidates, candidates
+from agent.redaction.geometry import Floats, Letterbox, Window, far_windows, fixed_letterbox, letterbox, suppress
+from agent.redaction.manifest import Input, Manifest, read_manifest
+
+LARGEST_MODEL = 64 * 2**20  # bytes
+ERRORS_ONLY = 3  # onnxruntime's severity: warnings about foreign models are no business of the car's log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detector:
+    """A verified session. `digest` is the SHA-256, in hexadecimal, of the ONNX bytes.
+
+    `far`: a picture larger than the input is seen a second time, in full resolution where far plates are.
+    """
+
+    manifest: Manifest
+    session: Any
+    digest: str
+    far: bool = False
+
+    @staticmethod
+    def open(manifest: Path, *, threads: int = 1, far: bool = False) -> Detector:
+        """The detector of a manifest; ModelError where file, hash, input or output is not what the manifest says."""
+        described = read_manifest(manifest)
+        data = _verified(manifest.parent / described.model, described.sha256)
+        try:
+            session = onnxruntime.InferenceSession(data, _options(threads), providers=["CPUExecutionProvider"])
+        except Exception as exc:  # onnxruntime's own exceptions share no base of their own
+            message = f"{described.model}: onnxruntime cannot load it: {exc}"
+            raise ModelError(message) from exc
+        _check_ends(session, described)
+        return Detector(manifest=described, session=session, digest=described.sha256, far=far)
+
+    def with_thresholds(self, thresholds: dict[str, float]) -> list[float]:
+        """The thresholds in the order of the manifest's classes, those given here first."""
+        merged = {**self.manifest.thresholds, **thresholds}
+        return [1.0 if label is None else merged[label] for label in self.manifest.classes]
+
+    def detect(self, picture: NDArray[np.uint8], thresholds: dict[str, float] | None = None) -> list[Box]:
+        """Everything found in an upright (H, W, 3) RGB picture, as boxes clipped to it, best first within each label.
+
+        `thresholds` replaces the manifest's, for measuring.
+        """
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            message = f"a picture is uint8 (H, W, 3), found {picture.dtype} {picture.shape}"
+            raise ValueError(message)
+        limits = self.with_thresholds(thresholds or {})
+        found = self._seen(picture, limits)
+        for window in self._windows(picture.shape[1], picture.shape[0]):
+            part = np.ascontiguousarray(picture[window.y1 : window.y2, window.x1 : window.x2])
+            for label, own in self._seen(part, limits).items():
+                found[label] = found[label].joined(own.whole_in(window).moved(window.x1, window.y1))
+        return [box for item in found.values() for box in boxes_of(item, self.manifest.output.suppression)]
+
+    def _windows(self, width: int, height: int) -> list[Window]:
+        if not self.far or self.manifest.input.fixed is not None:
+            return []
+        return far_windows(width, height, self.manifest.input.long_side)
+
+    def _seen(self, picture: NDArray[np.uint8], limits: list[float]) -> dict[str, Candidates]:
+        """What one pass over a picture finds, by label, in the picture's pixels and clipped to it."""
+        frame = frame_of(picture.shape[1], picture.shape[0], self.manifest.input)
+        values = self._run(prepared(picture, frame, self.manifest.input))
+        found = candidates(values, frame, self.manifest, limits)
+        return {item.label: replace(item, boxes=frame.to_picture(item.boxes)) for item in found}
+
+    def _run(self, batch: NDArray[Any]) -> Floats:
+        """The session's one output for one input, as it came."""
+        try:
+            results = self.session.run([self.manifest.output.name], {self.manifest.input.name: batch})
+        except Exception as exc:  # as above
+            message = f"{self.manifest.model}: onnxruntime failed: {exc}"
+            raise ModelError(message) from exc
+        value = results[0]
+        if not isinstance(value, np.ndarray) or value.dtype != np.float32:
+            message = f"{self.manifest.model}: the output is not a float32 array"
+            raise ModelError(message)
+        return value
+
+
+def _verified(path: Path, sha256: str) -> bytes:
+    """The file's bytes, if they are the right ones."""
+    try:
+        if path.stat().st_size > LARGEST_MODEL:
+            message = f"{path}: the model is larger than {LARGEST_MODEL} bytes"
+            raise ModelError(message)
+        data = path.read_bytes()
+    except OSError as exc:
+        message = f"{path}: the model cannot be read: {exc.strerror or exc}"
+        raise ModelError(message) from exc
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        message = f"{path}: the model is not the one of the manifest: its SHA-256 is {found}, wanted {sha256}"
+        raise ModelError(message)
+    return data
+
+
+def _options(threads: int) -> Any:  # noqa: ANN401 - onnxruntime brings no types
+    """One session's limits: threads that sleep when idle, and no arena, which would keep its largest size for ever."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = ERRORS_ONLY
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _check_ends(session: Any, manifest: Manifest) -> None:  # noqa: ANN401 - as above
+    """ModelError unless input and output of the session have the manifest's names, types and ranks."""
+    kinds = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+    for place, ends, name, kind, rank in (
+        ("input", session.get_inputs(), manifest.input.name, kinds[manifest.input.dtype], 4),
+        ("output", session.get_outputs(), manifest.output.name, "tensor(float)", 3),
+    ):
+        end = next((end for end in ends if end.name == name), None)
+        if end is None:
+            message = f"{manifest.model}: it has no {place} {name!r}, only {[end.name for end in ends]}"
+            raise ModelError(message)
+        if end.type != kind or len(end.shape) != rank:
+            message = f"{manifest.model}: {place} {name!r} is {end.type} {end.shape}, wanted {kind} of rank {rank}"
+            raise ModelError(message)
+
+
+def frame_of(width: int, height: int, given: Input) -> Letterbox:
+    """Where a (width, height) picture lies in the detector's input."""
+    if given.fixed is not None:
+        return fixed_letterbox(width, height, input_width=given.fixed[0], input_height=given.fixed[1])
+    return letterbox(width, height, long_side=given.long_side, upscale=given.upscale, multiple=given.multiple)
+
+
+def prepared(picture: NDArray[np.uint8], frame: Letterbox, given: Input) -> NDArray[Any]:
+    """The batch of one that the session takes."""
+    size = (frame.content_width, frame.content_height)
+    content: Any = picture
+    if size != (frame.picture_width, frame.picture_height):
+        content = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)
+    batch = np.full((1, frame.height, frame.width, 3), given.pad, np.uint8)
+    batch[0, : size[1], : size[0]] = content
+    if given.colour == "BGR":
+        batch = batch[..., ::-1]
+    if given.layout == "NCHW":
+        batch = batch.transpose(0, 3, 1, 2)
+    if given.dtype == "float32":
+        return np.ascontiguousarray(batch, np.float32) / np.float32(given.divide)
+    return np.ascontiguousarray(batch)
+
+
+def boxes_of(found: Candidates, limit: float) -> list[Box]:
+    """The boxes that suppression leaves; what lay wholly outside the picture has no area and is no box."""
+    kept = suppress(found.boxes, found.scores, limit)
+    return [
+        Box(label=found.label, score=float(score), x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2))
+        for (x1, y1, x2, y2), score in zip(found.boxes[kept], found.scores[kept], strict=True)
+        if x2 > x1 and y2 > y1
+    ]

@@ -1,0 +1,221 @@
+"""Picture bytes in, redacted picture bytes out. Runs in the worker process only: it imports the codecs.
+
+Invariants:
+- The decoder gets no byte of metadata: only the stream that the format's own module has rebuilt.
+- What is encoded is the array that the detector saw, after masking: no second rendering (alpha, CMYK inks, the low
+  byte of 16-bit samples, an unused palette entry, another frame) can carry what the detector did not see.
+- The encoder's output is read again and rebuilt from the allow-list before it leaves.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from agent.errors import AgentError, ModelError, RefusedError
+from agent.messages import Box
+from agent.payloads.inspection import InspectionLimits, rewrite
+from agent.pictures import jpeg, webp
+from agent.pictures.containers import read_header, rebuild
+from agent.pictures.formats import Colour, Format, Header, People, PictureLimits, RedactedPayload, RedactionOptions
+from agent.redaction.masking import Area, Pixels, areas, head_part, paint, stored, upright, whole_blocks
+
+Detect = Callable[[Pixels], list[Box]]
+
+BLACK: Final[Mapping[str, int | tuple[int, ...]]] = MappingProxyType({"L": 0, "RGB": (0, 0, 0), "YCbCr": (0, 128, 128)})
+SAMPLES: Mapping[str, tuple[int, ...]] = MappingProxyType({"L": (), "RGB": (3,), "YCbCr": (3,)})
+SUBSAMPLING: Mapping[tuple[tuple[int, int], ...], int] = {
+    ((1, 1),) * 3: 0,
+    ((2, 1), (1, 1), (1, 1)): 1,
+    ((2, 2), (1, 1), (1, 1)): 2,
+}  # Pillow's numbers
+FULL_SAMPLING = 0
+PNG_COMPRESSION = 6  # zlib's default: 9 takes twice the time for about 1 %
+WEBP_LOSSLESS_EFFORT = 40
+WEBP_METHOD = 4
+OWN_OUTPUT = PictureLimits(max_bytes=1 << 32, max_pixels=1 << 32)
+OPENERS: Mapping[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
+    Format.JPEG: JpegImagePlugin.JpegImageFile,
+    Format.PNG: PngImagePlugin.PngImageFile,
+    Format.WEBP: WebPImagePlugin.WebPImageFile,
+}
+
+
+def redact_payload(
+    payload: bytes,
+    detect: Detect,
+    options: RedactionOptions,
+    limits: InspectionLimits,
+    content_type: str | None = None,
+) -> RedactedPayload:
+    """Redact every picture in the payload in place; RefusedError where it cannot be shown to be clean."""
+    counts: Counter[str] = Counter()
+    pictures = 0
+
+    def redact(data: bytes) -> bytes:
+        nonlocal pictures
+        pictures += 1
+        if pictures > limits.max_pictures:
+            raise RefusedError("payload.limit.pictures")
+        redacted, found = redact_picture(data, detect, options, limits.picture)
+        counts.update(found)
+        return redacted
+
+    clean = rewrite(payload, redact, limits, content_type)
+    return RedactedPayload(payload=clean, counts=MappingProxyType(dict(counts)), pictures=pictures)
+
+
+def redact_picture(
+    data: bytes, detect: Detect, options: RedactionOptions, limits: PictureLimits
+) -> tuple[bytes, Counter[str]]:
+    """Return the redacted picture in its own format, and how many boxes of each label were masked."""
+    header = read_header(data, limits)
+    pixels, mode = _decode(header)
+    boxes = _detect(detect, upright(_as_rgb(pixels, mode), header.orientation))
+    paint(pixels, _areas(boxes, header, options), options.fill, BLACK[mode])
+    keep = "orientation" in options.metadata
+    shown = pixels if keep else np.ascontiguousarray(upright(pixels, header.orientation))
+    clean = rebuild(_encode(shown, mode, header), OWN_OUTPUT, header.orientation if keep else 1)
+    return clean, Counter(box.label for box in boxes)
+
+
+def _areas(boxes: list[Box], header: Header, options: RedactionOptions) -> list[Area]:
+    """Where the stored picture is masked for boxes of the upright one."""
+    width, height = (header.width, header.height)[:: -1 if header.orientation >= 5 else 1]
+    masked = [_part(box, options.people) for box in boxes]
+    return [
+        whole_blocks(
+            stored(area, header.orientation, width, height), header.block, header.bleed, header.width, header.height
+        )
+        for area in areas(masked, width, height, options.margins)
+    ]
+
+
+def _part(box: Box, people: People) -> Box:
+    return head_part(box) if people is People.HEAD and box.label == "person" else box
+
+
+def _detect(detect: Detect, rgb: Pixels) -> list[Box]:
+    """Run the detector on a read-only picture; whatever it raises refuses the picture."""
+    seen = np.ascontiguousarray(rgb).view()
+    seen.flags.writeable = False
+    try:
+        boxes = detect(seen)
+    except MemoryError as exc:
+        raise RefusedError("redaction.memory") from exc
+    except ModelError as exc:
+        raise RefusedError("redaction.model", str(exc)) from exc
+    except AgentError:
+        raise
+    except Exception as exc:
+        raise RefusedError("redaction.detector", type(exc).__name__) from exc
+    if not isinstance(boxes, list) or not all(isinstance(box, Box) for box in boxes):
+        raise RefusedError("redaction.detector", "not boxes")
+    return boxes
+
+
+def _decode(header: Header) -> tuple[Pixels, str]:
+    """Decode the cleaned stream; whatever a codec raises refuses the picture."""
+    try:
+        return _samples(header)
+    except AgentError:
+        raise
+    except MemoryError as exc:
+        raise RefusedError("redaction.memory") from exc
+    except Exception as exc:
+        raise RefusedError("picture.corrupt", type(exc).__name__) from exc
+
+
+def _samples(header: Header) -> tuple[Pixels, str]:
+    """Return (H, W) `L`, or (H, W, 3) `RGB` or `YCbCr`, as the picture is stored."""
+    with OPENERS[header.format](io.BytesIO(header.clean)) as image:
+        if header.colour is Colour.YCC:
+            image.draft("YCbCr", None)
+        flat = _flatten(image)
+        pixels = np.array(flat).reshape(header.height, header.width, *SAMPLES[flat.mode])
+    if header.sampling == jpeg.QUARTER_CHROMA and min(header.width, header.height) > 1:
+        pixels[..., 1:] = _stored_chroma(header)
+    elif header.sampling == jpeg.HALF_CHROMA:
+        pixels[..., 1:] = _unsmoothed_chroma(pixels[..., 1:])
+    return pixels, flat.mode
+
+
+def _stored_chroma(header: Header) -> Pixels:
+    """Return the chroma samples of a 4:2:0 JPEG as they are stored, each repeated over its four pixels.
+
+    At half size they need no interpolation, and the encoder's mean over four equal samples gives them back exactly;
+    the smoothed ones of a full decode would lose 15 to 40 dB (tests/test_redaction.py).
+    """
+    with OPENERS[Format.JPEG](io.BytesIO(header.clean)) as half:
+        half.draft("YCbCr", (header.width // 2, header.height // 2))
+        half.load()
+        chroma = np.asarray(half)[..., 1:]
+    return chroma.repeat(2, axis=0).repeat(2, axis=1)[: header.height, : header.width]
+
+
+def _unsmoothed_chroma(smooth: Pixels) -> Pixels:
+    """Return the stored chroma (H, W, 2) of a 4:2:2 JPEG from the decoded one, within its rounding.
+
+    The decoder makes of samples c the pixels (3 c[i] + c[i-1]) / 4 and (3 c[i] + c[i+1]) / 4 (libjpeg's "fancy"
+    upsampling). Each pair of pixels that share two samples gives either; a sample is the mean of its two values.
+    """
+    width = smooth.shape[1]
+    even, odd = smooth[:, 0::2].astype(np.int16), smooth[:, 1::2].astype(np.int16)
+    odd = odd if width % 2 == 0 else np.concatenate([odd, even[:, -1:]], axis=1)
+    before = np.concatenate([even[:, :1], odd[:, :-1]], axis=1)
+    after = np.concatenate([even[:, 1:], odd[:, -1:]], axis=1)
+    samples: Pixels = ((3 * (even + odd) - before - after + 2) // 4).clip(0, 255).astype(np.uint8)
+    return samples.repeat(2, axis=1)[:, :width]
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """One opaque 8-bit rendering: alpha over black, inks as RGB, the high byte of 16-bit grey."""
+    image.load()
+    if image.mode in {"L", "RGB", "YCbCr"} and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "1":
+        return image.convert("L")
+    if "transparency" in image.info or image.mode in {"LA", "PA", "RGBA"}:
+        layered = image.convert("RGBA")
+        flat = Image.new("RGB", image.size)
+        flat.paste(layered.convert("RGB"), mask=layered.getchannel("A"))
+        return flat
+    return image.convert("RGB")
+
+
+def _as_rgb(pixels: Pixels, mode: str) -> Pixels:
+    return pixels if mode == "RGB" else np.asarray(Image.fromarray(pixels, mode).convert("RGB"))
+
+
+def _encode(pixels: Pixels, mode: str, header: Header) -> bytes:
+    image, out = Image.fromarray(pixels, mode), io.BytesIO()
+    if header.format is Format.JPEG:
+        image.save(out, "JPEG", **_jpeg_parameters(header))
+    elif header.format is Format.PNG:
+        image.save(out, "PNG", compress_level=PNG_COMPRESSION)
+    elif header.lossless:
+        image.save(out, "WEBP", lossless=True, quality=WEBP_LOSSLESS_EFFORT)
+    else:
+        image.save(out, "WEBP", quality=webp.quality(header.quantizer), method=WEBP_METHOD)
+    return out.getvalue()
+
+
+def _jpeg_parameters(header: Header) -> dict[str, object]:
+    """Return the source's own coding; inks become YCbCr, samplings that Pillow cannot write become full ones."""
+    inks = header.colour is Colour.CMYK
+    return {
+        "qtables": header.tables[:3],
+        "subsampling": FULL_SAMPLING if inks else SUBSAMPLING.get(header.sampling, FULL_SAMPLING),
+        "progressive": header.progressive,
+        "optimize": header.optimised,
+        "restart_marker_blocks": header.restart,
+        "keep_rgb": header.colour is Colour.RGB,
+    }

@@ -1,0 +1,1 @@
+"""Both configuration files: read, typed, validated; every mistake named."""

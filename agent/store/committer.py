@@ -1,0 +1,289 @@
+"""Group commit: many coroutines submit entries, one thread writes them, a few large transactions at a time.
+
+Invariants
+- `submit` returns only when its entry is durable. An entry whose `submit` raised an error is not in the ledger.
+- Nothing is discarded: a full queue makes `submit` wait. Stores and endings of records have queues of their own, so
+  that stores that wait for disk space never hold back the deliveries that make it.
+- While the disk is full or failing, entries stay queued in their order and are tried again; nobody is told otherwise.
+- All calls of the ledger, reads included, run on the one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+from agent.errors import LedgerCorruptError, LedgerEntryError, LedgerError, LedgerStalledError
+from agent.store.entries import MIB, Delivered, Entry, Redecided, Rejected, Released, Store, SweepResult, Withdrawn
+from agent.store.ledger import Ledger
+
+ENTRY_BYTES = 256  # what an entry without an envelope counts
+QUIET_SHARE = 5  # when nobody came for this part of the delay, nobody is expected: most wait for their own commit
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitOptions:
+    """Bounds of one transaction (entries, bytes, delay) and of each queue (entries, bytes); pause before a retry."""
+
+    max_entries: int = 256
+    max_bytes: int = 4 * MIB
+    max_delay_s: float = 0.01
+    queue_entries: int = 1024
+    queue_bytes: int = 16 * MIB
+    retry_s: float = 1.0
+
+
+class _Queue:
+    """Entries that wait or are being written, bounded by number and bytes; `closed`: no more, and why."""
+
+    def __init__(self, max_entries: int, max_bytes: int) -> None:
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._entries = 0
+        self._bytes = 0
+        self._room = asyncio.Condition()
+        self.waiting: deque[_Waiting] = deque()
+        self.waiting_bytes = 0
+        self.stalled: str | None = None
+        self.not_before = 0.0
+        self.closed: LedgerError | None = None
+
+    async def put(self, waiting: _Waiting) -> None:
+        """Append when there is room; an entry above the bound on bytes waits until it is alone."""
+        async with self._room:
+            await self._room.wait_for(lambda: self.closed or self._has_room(waiting.size))
+            if self.closed:
+                raise self.closed
+            self._entries += 1
+            self._bytes += waiting.size
+            self.waiting.append(waiting)
+            self.waiting_bytes += waiting.size
+
+    def _has_room(self, size: int) -> bool:
+        return self._entries < self._max_entries and (not self._entries or self._bytes + size <= self._max_bytes)
+
+    async def close(self, error: LedgerError) -> None:
+        """Fail everything that waits, and everyone who waits for room."""
+        self.closed = self.closed or error
+        await self.settle(self.take(self.waiting_bytes, len(self.waiting)), error)
+
+    def take(self, room: int, entries: int) -> list[_Waiting]:
+        """The next entries within `room` bytes, and at least one; at most `entries`."""
+        taken: list[_Waiting] = []
+        while self.waiting and len(taken) < entries and (not taken or self.waiting[0].size <= room):
+            taken.append(self.waiting.popleft())
+            room -= taken[-1].size
+            self.waiting_bytes -= taken[-1].size
+        return taken
+
+    def put_back(self, taken: list[_Waiting], why: str, not_before: float) -> None:
+        """Back to the head, in order, to be tried again later."""
+        self.waiting.extendleft(reversed(taken))
+        self.waiting_bytes += sum(waiting.size for waiting in taken)
+        self.stalled, self.not_before = why, not_before
+
+    async def settle(self, taken: list[_Waiting], error: LedgerError | None = None) -> None:
+        """Tell the submitters, make room for others."""
+        for waiting in taken:
+            if waiting.done.cancelled():
+                continue
+            if error is None:
+                waiting.done.set_result(None)
+            else:
+                waiting.done.set_exception(error)
+        if error is None:
+            self.stalled = None
+        async with self._room:
+            self._entries -= len(taken)
+            self._bytes -= sum(waiting.size for waiting in taken)
+            self._room.notify_all()
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """One entry, its size, and who waits for it."""
+
+    entry: Entry
+    size: int
+    done: asyncio.Future[None]
+    queue: _Queue
+
+
+def _size(entry: Entry) -> int:
+    if isinstance(entry, Store | Released | Redecided):
+        return len(entry.record.envelope) + ENTRY_BYTES
+    return ENTRY_BYTES
+
+
+class Committer:
+    """`async with Committer(ledger, options)`: takes the ledger over until the block ends, then drains what waits."""
+
+    def __init__(self, ledger: Ledger, options: CommitOptions) -> None:
+        self._ledger = ledger
+        self._options = options
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
+        self._endings, self._stores = (_Queue(options.queue_entries, options.queue_bytes) for _ in range(2))
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._sweep_stalled: str | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """For what the ledger allows on every thread: `recorded` and `last_key`."""
+        return self._ledger
+
+    @property
+    def stalled(self) -> str | None:
+        """Why entries or the sweep wait for the disk; None while it takes them."""
+        return self._stores.stalled or self._endings.stalled or self._sweep_stalled
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._commit_loop(), name="ledger-commit")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing = True
+        for queue in (self._endings, self._stores):
+            queue.closed = queue.closed or LedgerError("the ledger is closing")
+        self._wake.set()
+        try:
+            if self._task is not None:
+                await self._task
+        finally:
+            self._thread.shutdown()
+
+    async def submit(self, entry: Entry) -> None:
+        """Return when the entry is durable.
+
+        LedgerError: the entry contradicts the ledger, or the ledger is damaged or closed; nothing of it was kept.
+        Cancelling is safe: an entry that is not queued yet is forgotten, one that is queued may still be committed.
+        """
+        queue = self._endings if isinstance(entry, Delivered | Rejected | Withdrawn) else self._stores
+        waiting = _Waiting(entry, _size(entry), asyncio.get_running_loop().create_future(), queue)
+        await queue.put(waiting)
+        self._wake.set()
+        await waiting.done
+
+    async def call(self, function: Callable[[Ledger], Result]) -> Result:
+        """Run a function on the ledger's thread, after what was handed to it before. Cancelling does not stop it.
+
+        LedgerCorruptError ends the committer: the ledger has to be opened again.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._ledger)
+        except LedgerCorruptError as exc:
+            await self._close(exc)
+            raise
+
+    async def sweep(self, now_ns: int | None, *, monotonic_ns: int = 0, boot_id: str = "") -> SweepResult:
+        """`Ledger.sweep`; what a full or failing disk does not let it do shows in `stalled` and is done next time."""
+        try:
+            result = await self.call(lambda ledger: ledger.sweep(now_ns, monotonic_ns=monotonic_ns, boot_id=boot_id))
+        except LedgerStalledError as exc:
+            self._sweep_stalled = str(exc)
+            return SweepResult()
+        self._sweep_stalled = None
+        return result
+
+    async def _commit_loop(self) -> None:
+        try:
+            while await self._something():
+                await self._gather()
+                await self._write(self._take())
+        finally:
+            await self._close(LedgerError(f"the ledger was closed: {self.stalled}"))
+
+    def _ready(self) -> list[_Queue]:
+        """Queues that may be tried now, endings first."""
+        now = asyncio.get_running_loop().time()
+        return [queue for queue in (self._endings, self._stores) if queue.waiting and queue.not_before <= now]
+
+    async def _something(self) -> bool:
+        """Wait for entries that may be tried now; False when the block has ended and no such entry is left."""
+        while not self._ready():
+            if self._closing:
+                return False
+            self._wake.clear()
+            retry_at = min((queue.not_before for queue in (self._endings, self._stores) if queue.waiting), default=None)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(retry_at):
+                    await self._wake.wait()
+        return True
+
+    async def _gather(self) -> None:
+        """Let others join the transaction, up to its bounds, for as long as they keep coming."""
+        loop = asyncio.get_running_loop()
+        latest = loop.time() + self._options.max_delay_s
+        with contextlib.suppress(TimeoutError):
+            while not self._closing and not self._full():
+                self._wake.clear()
+                async with asyncio.timeout_at(min(latest, loop.time() + self._options.max_delay_s / QUIET_SHARE)):
+                    await self._wake.wait()
+
+    def _full(self) -> bool:
+        entries = len(self._endings.waiting) + len(self._stores.waiting)
+        size = self._endings.waiting_bytes + self._stores.waiting_bytes
+        return entries >= self._options.max_entries or size >= self._options.max_bytes
+
+    def _take(self) -> list[_Waiting]:
+        """The next transaction: at least one entry, within the bounds."""
+        taken: list[_Waiting] = []
+        for queue in self._ready():
+            room = self._options.max_bytes - sum(waiting.size for waiting in taken)
+            entries = self._options.max_entries - len(taken)
+            if not taken or (queue.waiting[0].size <= room and entries):
+                taken += queue.take(room, entries)
+        return taken
+
+    async def _write(self, batch: list[_Waiting]) -> None:
+        """Write a transaction; an entry that contradicts the ledger fails alone, what stalls is put back."""
+        while batch:
+            entries = [waiting.entry for waiting in batch]
+            try:
+                await self.call(lambda ledger, entries=entries: ledger.commit(entries))  # type: ignore[misc]
+            except LedgerEntryError as exc:
+                wrong = batch.pop(exc.index)
+                await wrong.queue.settle([wrong], exc)
+            except LedgerStalledError as exc:
+                batch = self._put_back(batch, str(exc))
+            except LedgerError as exc:
+                await self._settle(batch, exc)
+                await self._close(exc)
+                return
+            except BaseException:
+                await self._settle(batch, LedgerError("the ledger's thread failed"))
+                raise
+            else:
+                await self._settle(batch)
+                return
+
+    def _put_back(self, batch: list[_Waiting], why: str) -> list[_Waiting]:
+        """Put the stores back, or the endings when they stalled alone; what to try at once."""
+        not_before = asyncio.get_running_loop().time() + self._options.retry_s
+        endings = [waiting for waiting in batch if waiting.queue is self._endings]
+        stores = [waiting for waiting in batch if waiting.queue is self._stores]
+        if stores:
+            self._stores.put_back(stores, why, not_before)
+            return endings
+        self._endings.put_back(endings, why, not_before)
+        return []
+
+    async def _settle(self, batch: list[_Waiting], error: LedgerError | None = None) -> None:
+        for queue in (self._endings, self._stores):
+            if own := [waiting for waiting in batch if waiting.queue is queue]:
+                await queue.settle(own, error)
+
+    async def _close(self, error: LedgerError) -> None:
+        for queue in (self._endings, self._stores):
+            await queue.close(error)

@@ -1,0 +1,133 @@
+"""The reading side of the ledger: records in order of delivery, each checked against its CRC-32.
+
+The cost of a read grows with the number of lanes and of records read, not with the backlog.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import sqlite3
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+from agent.messages import Basis, Capture, Priority, Record, State
+from agent.store.blobs import Blobs
+from agent.store.books import Books
+from agent.store.entries import Spooled
+from agent.store.lanes import Lane
+from agent.store.storage import NonsenseError
+
+_IN_LANE = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
+    time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
+    WHERE lane = ? AND priority = ? AND key > ? AND key <= ? ORDER BY key"""
+_ALL = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
+    time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
+    WHERE key > ? AND key <= ? ORDER BY key"""
+_NAMED = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
+    time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
+    WHERE id = ?"""
+_TYPES = (int, str, int, int, str, int, int, int, str, str, int, int, int, str, int)  # of the columns up to crc
+_BASES = frozenset(Basis)
+_PRIORITIES = frozenset(Priority)
+_NO_LIMIT = (1 << 63) - 1
+
+Rows = Iterator[tuple[Any, ...]]
+
+
+def serves(route: str, endpoint: str, down: Collection[str]) -> bool:
+    """Whether a record with this route is for `endpoint` now: every endpoint before it is down."""
+    for name in route.split("\n"):
+        if name == endpoint:
+            return bool(name)
+        if name not in down:
+            return False
+    return False
+
+
+class Spool:
+    """Reads records; `damaged` collects the keys of those whose envelope is lost, for the caller to end."""
+
+    def __init__(self, connection: sqlite3.Connection, books: Books, blobs: Blobs) -> None:
+        self._connection = connection
+        self._books = books
+        self._blobs = blobs
+        self.damaged: list[int] = []
+
+    def pending(
+        self, wanted: Callable[[str], bool], priorities: Iterable[Priority], after: int, until: int | None
+    ) -> Rows:
+        """Rows of all wanted routes: by priority, then by arrival; keys in (`after`, `until`]."""
+        lanes = [number for (_, route), number in self._books.lanes.items() if wanted(route)]
+        last = _NO_LIMIT if until is None else until
+        for priority in priorities:
+            yield from heapq.merge(*(self._rows(lane, priority, after, last) for lane in lanes), key=lambda row: row[0])
+
+    def _rows(self, lane: int, priority: Priority, after: int, last: int) -> Rows:
+        return self._connection.execute(_IN_LANE, (lane, int(priority), after, last))
+
+    def held(self, after: int) -> Rows:
+        """Rows of records without a route, by arrival."""
+        lanes = [number for (_, route), number in self._books.lanes.items() if not route]
+        rows = (self._rows(lane, priority, after, _NO_LIMIT) for lane in lanes for priority in Priority)
+        return heapq.merge(*rows, key=lambda row: row[0])
+
+    def between(self, after: int, until: int = _NO_LIMIT) -> Rows:
+        """All rows by arrival; keys in (`after`, `until`]."""
+        return self._connection.execute(_ALL, (after, until))
+
+    def named(self, name: str) -> Rows:
+        """The row of one record, or none."""
+        return self._connection.execute(_NAMED, (name,))
+
+    def take(self, rows: Rows, limit: int, max_bytes: int, skip: Collection[str] = ()) -> list[Spooled]:
+        """Up to `limit` records and `max_bytes` of envelopes, but one record at least."""
+        taken: list[Spooled] = []
+        lanes = {number: lane for lane, number in self._books.lanes.items()}
+        for row in itertools.filterfalse(lambda row: row[1] in skip, rows):
+            if len(taken) >= limit or (taken and max_bytes <= 0):
+                break
+            if row[2] not in lanes:
+                raise NonsenseError(f"record {row[0]} is in no lane")
+            spooled = self._spooled(row, lanes[row[2]])
+            if spooled is None:
+                self.damaged.append(row[0])
+                continue
+            max_bytes -= len(spooled.record.envelope)
+            if taken and max_bytes < 0:
+                break
+            taken.append(spooled)
+        return taken
+
+    def _spooled(self, row: tuple[Any, ...], lane: Lane) -> Spooled | None:
+        regions, route = (tuple(part.split(by)) if part else () for part, by in zip(lane, (",", "\n"), strict=True))
+        (key, name, _, priority, data_class, expires, recorded, sequence, basis, topic, *moment, crc, file, data) = row
+        envelope = data if file is None else self._read(file)
+        if tuple(map(type, row[:15])) != _TYPES or basis not in _BASES or priority not in _PRIORITIES:
+            return None
+        if not isinstance(envelope, bytes) or zlib.crc32(envelope) != crc:
+            return None
+        time_ns, monotonic_ns, doubt_ns, boot = moment
+        record = Record(
+            id=name,
+            state=State.PENDING if route else State.HELD,
+            route=route,
+            regions=regions,
+            basis=Basis(basis),
+            data_class=data_class,
+            topic=topic,
+            priority=Priority(priority),
+            capture=Capture(time_ns=time_ns, monotonic_ns=monotonic_ns, doubt_ns=doubt_ns, boot_id=boot),
+            recorded_ns=recorded,
+            expires_ns=expires,
+            sequence=sequence,
+            envelope=envelope,
+        )
+        return Spooled(key=key, record=record)
+
+    def _read(self, file: int) -> bytes | None:
+        try:
+            return self._blobs.read(file)
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,1 @@
+"""Bringing records to their endpoints, and nothing else to nobody else."""

@@ -1,0 +1,76 @@
+"""What is in flight on one connection, and whether the endpoint still makes progress with it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from agent.messages import Record
+from agent.mqtt.packets import Puback
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flight:
+    """A record under way. The peer's TCP has all of it once it has acknowledged `goal` bytes of the connection."""
+
+    record: Record
+    goal: int
+
+
+class Flights:
+    """Publishes without PUBACK in the order of sending. Moments are arguments, monotonic seconds."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._flights: dict[asyncio.Future[Puback], Flight] = {}
+        self._progress = 0.0
+        self._acknowledged = 0
+        self._overtaken: tuple[asyncio.Future[Puback], float] | None = None
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def __contains__(self, future: object) -> bool:
+        return future in self._flights
+
+    def add(self, future: asyncio.Future[Puback], flight: Flight, now: float) -> None:
+        """A record was published."""
+        if not self._flights:
+            self._progress = now
+        self._flights[future] = flight
+        self.bytes += len(flight.record.envelope)
+
+    def landed(self, future: asyncio.Future[Puback], now: float) -> Record:
+        """Its PUBACK has come; KeyError for an unknown one."""
+        self._progress = now
+        first = next(iter(self._flights))
+        if first is not future and (self._overtaken is None or self._overtaken[0] is not first):
+            self._overtaken = (first, now)
+        record = self._flights.pop(future).record
+        self.bytes -= len(record.envelope)
+        return record
+
+    def clear(self) -> list[Record]:
+        """All that is in flight, which is not any more."""
+        records = [flight.record for flight in self._flights.values()]
+        self._flights.clear()
+        self.bytes, self._overtaken = 0, None
+        return records
+
+    def stuck(self, now: float, acknowledged: int, timeout_s: float) -> str | None:
+        """Why the connection should be given up: for `timeout_s` no PUBACK came, or one was left out.
+
+        While the oldest record is still being taken by the peer's TCP (`acknowledged` grows), the time does not run:
+        on a slow link a large record may take minutes, and to begin it anew would never end.
+        """
+        if not self._flights:
+            return None
+        first, flight = next(iter(self._flights.items()))
+        if self._acknowledged < acknowledged and self._acknowledged < flight.goal:
+            self._progress = now
+        self._acknowledged = acknowledged
+        if now - self._progress > timeout_s:
+            return f"no PUBACK within {timeout_s} s"
+        if self._overtaken is not None and self._overtaken[0] is first and now - self._overtaken[1] > timeout_s:
+            return f"a PUBACK is missing for {timeout_s} s"
+        return None

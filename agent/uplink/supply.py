@@ -1,0 +1,78 @@
+"""What one connection sends next: read from the ledger in small batches, and claimed so that nobody else takes it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from agent.board import Board
+from agent.errors import LedgerStalledError
+from agent.messages import Priority, Record
+from agent.store.committer import Committer
+from agent.store.ledger import Ledger
+from agent.uplink.patience import Patience
+from agent.uplink.shares import SHARE, Shares
+
+BATCH_BYTES = 128 << 10  # of each kind read at a time, so that an urgent record waits behind little
+
+
+class Supply:
+    """The records for one connection: urgent ones, then live ones, then the backlog's share.
+
+    The backlog is what was in the ledger when the connection began.
+    """
+
+    def __init__(self, endpoint: str, committer: Committer, board: Board, patience: Patience, shares: Shares) -> None:
+        self.ready: deque[Record] = deque()
+        self._endpoint = endpoint
+        self._committer = committer
+        self._board = board
+        self._patience = patience
+        self._shares = shares
+        self._newest = committer.ledger.last_key
+
+    async def refill(self, window: int) -> None:
+        """Read and claim what may go next, when less than half a window is ready."""
+        if not window or len(self.ready) > window // 2:
+            return
+        try:
+            urgent, live, backlog = await self._read(window - len(self.ready))
+        except LedgerStalledError:
+            return  # the disk does not answer now; the ledger says so in the status
+        self._shares.live_sent(sum(len(record.envelope) for record in live))
+        self._shares.backlog_sent(sum(len(record.envelope) for record in backlog))
+        self.ready.extendleft(reversed(urgent))
+        self.ready.extend(live + backlog)
+
+    def give_back(self) -> None:
+        """Nothing more is sent: what is ready is free for others."""
+        self._board.claimed.difference_update(record.id for record in self.ready)
+        self.ready.clear()
+
+    async def _read(self, room: int) -> tuple[list[Record], list[Record], list[Record]]:
+        now, newest, shares = time.monotonic(), self._newest, self._shares
+        taken = self._patience.aside(now) | self._board.claimed
+        down = frozenset(self._board.down)
+
+        def read(ledger: Ledger) -> tuple[list[Record], list[Record], list[Record]]:
+            def pending(limit: int, **which: Any) -> list[Record]:  # noqa: ANN401 - the ledger's own keywords
+                rows = ledger.pending(self._endpoint, limit=limit, down=down, skip=skip, max_bytes=BATCH_BYTES, **which)
+                skip.update(row.record.id for row in rows)
+                return [row.record for row in rows]
+
+            skip = set(taken)
+            urgent = pending(room, priority=Priority.URGENT)
+            live = pending(room, after=newest) if len(urgent) < room else []
+            may_go = len(urgent) < room and shares.backlog_may_go(now, live_waits=bool(live))
+            backlog = pending(max(room // SHARE, 1) if live else room, until=newest) if may_go else []
+            return urgent, live, backlog
+
+        urgent, live, backlog = await self._committer.call(read)
+        return self._claim(urgent), self._claim(live), self._claim(backlog)
+
+    def _claim(self, records: list[Record]) -> list[Record]:
+        """Those that no other uplink has taken meanwhile; they are ours now."""
+        free = [record for record in records if record.id not in self._board.claimed]
+        self._board.claimed.update(record.id for record in free)
+        return free

@@ -1,0 +1,1 @@
+"""The wire format: attributes, envelope, signature, topics, and their description."""
