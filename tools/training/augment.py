@@ -24,7 +24,7 @@ SCALES = (0.3, 2.2)  # limits of the scale jitter
 COVER = 0.8  # a picture fills at least this share of its cell's longer relation
 SEEN = 0.3  # visible share of an object below which its rest teaches nothing
 LEAST = {"person": 10.0, "face": 5.0, "plate": 4.0}  # smaller side (person: height) below which a box teaches nothing
-NIGHT, RAIN, MOTION, NOISE, DAMAGE, GREY = 0.15, 0.06, 0.15, 0.25, 0.3, 0.08  # chances
+NIGHT, RAIN, MOTION, NOISE, DAMAGE, GREY = 0.08, 0.04, 0.08, 0.12, 0.2, 0.05  # chances
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,10 +238,10 @@ def _coloured(pixels: Pixels, rng: Generator, gamma: float) -> Pixels:
     if rng.random() < GREY:
         pixels = np.repeat(np.asarray(Image.fromarray(pixels).convert("L"))[..., None], 3, 2)
     steps = np.arange(256, dtype=np.float32) / 255
-    contrast, light = rng.uniform(0.75, 1.3), rng.uniform(0.7, 1.3)
+    contrast, light = rng.uniform(0.8, 1.25), rng.uniform(0.75, 1.25)
     result = np.empty_like(pixels)
     for channel in range(3):
-        curve = ((steps**gamma - 0.45) * contrast + 0.45) * light * rng.uniform(0.87, 1.13)
+        curve = ((steps**gamma - 0.45) * contrast + 0.45) * light * rng.uniform(0.92, 1.08)
         result[..., channel] = (np.clip(curve, 0, 1) * 255).astype(np.uint8)[pixels[..., channel]]
     return result
 

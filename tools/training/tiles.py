@@ -14,8 +14,8 @@ from tools.training.augment import Tile, flipped, mosaic, paste_from, weathered
 from tools.training.dataset import Entry, Targets, load_picture, targets_of
 from tools.training.plates import with_plate
 
-GRIDS, GRID_CHANCES = (1, 4, 9), (0.5, 0.4, 0.1)
-PASTE, SYNTHETIC, FLIP = 0.3, 0.25, 0.5  # chances
+GRIDS, GRID_CHANCES = (1, 4, 9), (0.6, 0.35, 0.05)
+PASTE, SYNTHETIC, FLIP = 0.2, 0.15, 0.5  # chances
 EMPHASIS: Mapping[str, float] = {
     "coco_minis": 2.0,
     "tud_street": 1.6,
