@@ -27,6 +27,7 @@ from agent.intake.line import Line, Numbering
 from agent.intake.resolver import Resolver
 from agent.pipeline import Pipeline
 from agent.places.positions import PositionHistory
+from agent.policy import Policy
 from agent.redaction.worker import RedactionWorker
 from agent.store.committer import CommitOptions, Committer
 from agent.store.ledger import Ledger
@@ -116,6 +117,11 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
     fixes = Fixes(wiring.fix_readers(setup), history)
     inward = Inward(line=line, committer=committer, fixes=fixes, board=board)
     registration = setup.config.vehicle.registration
+    key_id = signer.key_id if signer else None
+
+    def policy() -> Policy:
+        return line.pipeline.policy
+
     alive = _alive(setup, identity.boot_id)
     return Parts(
         setup=setup,
@@ -124,7 +130,7 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
         fixes=fixes,
         intakes={options.name: Intake(options, inward, alive.get(options.name)) for options in wiring.intakes(setup)},
         uplinks={
-            name: Uplink(wiring.uplink(setup, name), lambda: line.pipeline.policy, registration, committer, board)
+            name: Uplink(wiring.uplink(setup, name, key_id), policy, registration, committer, board)
             for name in setup.policy.endpoints
         },
         resolver=Resolver(inward),

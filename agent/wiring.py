@@ -21,6 +21,7 @@ from agent.settings.field_config import field_rules
 from agent.store.entries import LedgerLimits
 from agent.topics import covers
 from agent.uplink.egress import PeerRules
+from agent.uplink.presence import PresenceOptions
 from agent.uplink.uplink import UplinkOptions
 from agent.wire.signing import Signer
 
@@ -161,8 +162,8 @@ def _fix_topics(setup: Setup) -> list[str]:
     return [source.topic for source in setup.config.position]
 
 
-def uplink(setup: Setup, name: str) -> UplinkOptions:
-    """One endpoint of the policy with this vehicle's credentials for it."""
+def uplink(setup: Setup, name: str, key_id: str | None = None) -> UplinkOptions:
+    """One endpoint of the policy with this vehicle's credentials for it; `key_id` names the signing key."""
     endpoint = setup.policy.endpoints[name]
     credential = setup.config.credentials.get(name, Credential())
     key = f"credentials.{name}.password_file"
@@ -194,8 +195,14 @@ def uplink(setup: Setup, name: str) -> UplinkOptions:
         wire=endpoint.wire,
         in_flight=endpoint.in_flight,
         ack_timeout_s=endpoint.ack_timeout_s,
+        presence=_presence(setup, key_id) if endpoint.presence else None,
         backlog_bytes_per_s=endpoint.backlog_bytes_per_s,
     )
+
+
+def _presence(setup: Setup, key_id: str | None) -> PresenceOptions:
+    vehicle = setup.config.vehicle
+    return PresenceOptions(source=vehicle.source, vehicle=vehicle.name, keyid=key_id)
 
 
 def _secret(setup: Setup, key: str, file: str) -> str:

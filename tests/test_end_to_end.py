@@ -240,3 +240,32 @@ async def test_endpoint_is_not_connected_to_without_need_nor_from_where_the_poli
         assert 'uplink.connected endpoint="hk"' not in it.log
         assert (await it.stop()) == 0
         assert "agent-hk" not in it.outer["hk"].log_path.read_text()
+
+
+async def test_presence_says_birth_counts_and_death_where_the_endpoint_asks_for_it(tmp_path, patience):
+    async with asyncio.timeout(3 * patience), car(tmp_path) as it:
+        policy = (tmp_path / "policy.toml").read_text()
+        (tmp_path / "policy.toml").write_text(policy.replace("tls = false", "tls = false\npresence = true"))
+        await it.start()
+        await it.at(SHENZHEN)
+        it.telemetry(1)
+
+        def said(kind):
+            rows = [json.loads(row.payload) for row in it.received if row.topic == f"residency-agent/car/{kind}"]
+            return [row["data"] for row in rows]
+
+        await it.until(lambda: said("presence") and said("status"))
+        assert said("presence")[0]["state"] == "online"
+        assert said("presence")[0]["policyversion"] == "test"
+        assert said("status")[0]["counts"]["received"] >= 1
+        await it.stop()
+        await it.until(lambda: len(said("presence")) == 2)
+        assert (said("presence")[1]["state"], said("presence")[1]["reason"]) == ("offline", "stopped")
+        await it.start()
+        await it.at(SHENZHEN)
+        it.telemetry(2)
+        await it.until(lambda: len(said("presence")) == 3)
+        await it.stop(signal.SIGKILL)
+        await it.until(lambda: len(said("presence")) == 4)
+        assert said("presence")[3]["reason"] == "lost"
+        assert {row.region for row in it.received} == {"cn"}

@@ -39,6 +39,10 @@ class Endpoint(Table, frozen=True, kw_only=True):
     topic: Annotated[Text, Meta(description="Template of {region} {vehicle} {class} {topic}")] = (
         "{region}/{vehicle}/{topic}"
     )
+    presence: Annotated[
+        bool,
+        Meta(description="Say birth, death (Last Will) and counts on residency-agent/{vehicle}/presence and /status"),
+    ] = False
     in_flight: Annotated[int, Meta(ge=1, le=65_535, description="Publishes without PUBACK at a time")] = 128
     keepalive_s: Annotated[int, Meta(ge=5, le=65_535, description="MQTT keep alive")] = 30
     ack_timeout_s: Annotated[Seconds, Meta(description="Without any PUBACK for so long the connection is renewed")] = (

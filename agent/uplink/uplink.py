@@ -21,7 +21,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agent.board import Board
 from agent.errors import AgentError, EndpointError, EnvelopeError, LedgerError, LedgerStalledError
@@ -36,6 +36,7 @@ from agent.uplink.egress import PeerRules, dial
 from agent.uplink.flights import Flight, Flights
 from agent.uplink.outlet import Outlet
 from agent.uplink.patience import Patience
+from agent.uplink.presence import Presence, PresenceOptions
 from agent.uplink.shares import Shares
 from agent.uplink.supply import Supply
 
@@ -63,6 +64,7 @@ class UplinkOptions:
     in_flight: int = 128
     ack_timeout_s: float = 20.0
     backlog_bytes_per_s: int = 0
+    presence: PresenceOptions | None = None
 
 
 class Uplink:
@@ -148,12 +150,19 @@ class Uplink:
 
     async def _serve(self) -> None:
         await self._needed()
-        connection = await dial(self._options.peer, self._options.session, next(self._attempts))
+        presence, session = self._presence(), self._options.session
+        if presence is not None:
+            session = replace(session, will=presence.will(time.time_ns()))
+        connection = await dial(self._options.peer, session, next(self._attempts))
         reason = "given up"
         try:
             self._up()
-            await self._pump_loop(connection)
+            if presence is not None:
+                presence.born(connection, time.time_ns())
+            await self._pump_loop(connection, presence)
         except asyncio.CancelledError:
+            if presence is not None:
+                presence.dead(connection, time.time_ns())
             connection.close()
             raise
         except AgentError as exc:
@@ -178,7 +187,11 @@ class Uplink:
         self._board.doubt(records)
         self._idle.set()
 
-    async def _pump_loop(self, connection: Connection) -> None:
+    def _presence(self) -> Presence | None:
+        asked = self._options.presence
+        return None if asked is None else Presence(asked, self._policy().version, self._committer.ledger.counts)
+
+    async def _pump_loop(self, connection: Connection, presence: Presence | None) -> None:
         options = self._options
         shares = Shares(options.backlog_bytes_per_s, time.monotonic())
         supply = Supply(options.name, self._committer, self._board, self._patience, shares)
@@ -194,6 +207,8 @@ class Uplink:
                     await self._send(connection, outlet, supply.ready.popleft())
                 if not supply.ready or not self._may_send(connection):
                     await self._wait(shares)
+                if presence is not None:
+                    presence.tell(connection, time.time_ns(), time.monotonic())
                 self._check(connection)
         finally:
             supply.give_back()

@@ -1,0 +1,73 @@
+"""Who says birth, status and death of the vehicle on one connection; what they say is decided in `wire.presence`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from agent import __version__
+from agent.mqtt.connection import Connection
+from agent.mqtt.packets import Outgoing, Will
+from agent.store.entries import Counts
+from agent.wire import presence
+from agent.wire.presence import Announcement, Session
+
+STATUS_SECONDS = 60.0
+STATES = ("received", "delivered", "pending", "held", "refused", "expired", "evicted")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresenceOptions:
+    """Who the vehicle is to an endpoint that asked for its presence; `keyid` names the key that signs records."""
+
+    source: str
+    vehicle: str
+    keyid: str | None = None
+
+
+class Presence:
+    """The presence of one connection, from its Last Will on."""
+
+    def __init__(self, options: PresenceOptions, policy_version: str, counts: Callable[[], Counts]) -> None:
+        self._options = options
+        self._policy_version = policy_version
+        self._counts = counts
+        self._session = Session(id=secrets.token_hex(16), source=options.source, vehicle=options.vehicle)
+        self._number = 0
+        self._due = 0.0
+
+    def will(self, now_ns: int) -> Will:
+        """The Last Will: the death that the endpoint's broker publishes when we are lost."""
+        death = presence.death(self._session, now_ns, "lost")
+        return Will(topic=death.topic, payload=death.payload)
+
+    def born(self, connection: Connection, now_ns: int) -> None:
+        """Say that we are connected."""
+        options = self._options
+        birth = presence.birth(
+            self._session, now_ns, version=__version__, policy_version=self._policy_version, keyid=options.keyid
+        )
+        _say(connection, birth)
+
+    def tell(self, connection: Connection, now_ns: int, monotonic_s: float) -> None:
+        """Say the counts, at most once in STATUS_SECONDS."""
+        if monotonic_s < self._due:
+            return
+        self._due = monotonic_s + STATUS_SECONDS
+        self._number += 1
+        counts = self._counts()
+        totals = {state: getattr(counts, state) for state in STATES}
+        _say(connection, presence.status(self._session, now_ns, self._number, totals))
+
+    def dead(self, connection: Connection, now_ns: int, reason: Literal["stopped"] = "stopped") -> None:
+        """Say that we go in good order; the DISCONNECT that follows takes the Last Will back."""
+        _say(connection, presence.death(self._session, now_ns, reason))
+
+
+def _say(connection: Connection, message: Announcement) -> None:
+    outgoing = Outgoing(
+        topic=message.topic, payload=message.payload, retain=message.retain, content_type=message.content_type
+    )
+    connection.publish(outgoing).add_done_callback(lambda future: future.cancelled() or future.exception())
