@@ -31,6 +31,7 @@ from tools.evaluation.contest import (
     side_by_side,
     thresholds_of,
 )
+from tools.evaluation.judgement import Judgement
 from tools.evaluation.latency import passes, timed
 from tools.evaluation.readers import read_folder
 from tools.evaluation.report import class_table, contest_table, loss_table, misses, printed, size_table
@@ -82,11 +83,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _contest(contestants: Sequence[Contestant], outcomes: Mapping[str, Sequence[Outcome]]) -> list[dict[str, object]]:
-    known = {
-        item.name: {label: own for label in item.labels if (own := judged(outcomes[item.name], label)) is not None}
-        for item in contestants
-    }
-    return side_by_side(known)
+    """Over all pictures, then over those of each source."""
+    sources = sorted({item.picture.source for listed in outcomes.values() for item in listed})
+    table: list[dict[str, object]] = []
+    for source in (None, *sources):
+        known = {item.name: _known(item, outcomes[item.name], source) for item in contestants}
+        table.extend({"source": source or "all", **row} for row in side_by_side(known))
+    return table
+
+
+def _known(item: Contestant, outcomes: Sequence[Outcome], source: str | None) -> dict[str, Judgement]:
+    return {label: own for label in item.labels if (own := judged(outcomes, label, source)) is not None}
 
 
 def _print(result: dict[str, Any], names: Sequence[str]) -> None:

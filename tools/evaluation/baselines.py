@@ -85,11 +85,12 @@ def dynamic_centerface(path: Path, *, folded: bool = False) -> bytes:
     onnx = importlib.import_module("onnx")
     model = onnx.load(str(path))
     weights = {item.name for item in model.graph.initializer}
-    pictures = [item for item in model.graph.input if item.name not in weights]
     if folded:
+        pictures = [item for item in model.graph.input if item.name not in weights]
         del model.graph.input[:]
         model.graph.input.extend(pictures)
-    for end in (*pictures, *model.graph.output):
+    ends = [item for item in (*model.graph.input, *model.graph.output) if item.name not in weights]
+    for end in ends:
         for index, name in ((0, "batch"), (2, "height"), (3, "width")):
             end.type.tensor_type.shape.dim[index].dim_param = f"{end.name}_{name}"
     del model.graph.value_info[:]

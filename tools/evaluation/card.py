@@ -102,6 +102,7 @@ def _contest(contest: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             str(row["class"]),
+            str(row["source"]),
             str(row["detector"]),
             f"{row['threshold']:.3f}",
             percent(row["false"]),
@@ -111,4 +112,4 @@ def _contest(contest: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in contest
     ]
-    return _table(("class", "detector", "threshold", "false", "covered (Wilson)", "recall", "AP"), rows)
+    return _table(("class", "pictures", "detector", "threshold", "false", "covered (Wilson)", "recall", "AP"), rows)

@@ -86,12 +86,13 @@ def size_table(facts: Mapping[str, Any]) -> Table:
 def contest_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """All detectors at thresholds where their false rates are alike."""
     table = Table(title="side by side, each at the threshold where a tenth of its boxes is false")
-    headings = ("class", "detector", "threshold", "false", "covered", "recall", "AP")
+    headings = ("class", "pictures", "detector", "threshold", "false", "covered", "recall", "AP")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in headings[:2] else "right")
+        table.add_column(heading, justify="left" if heading in headings[:3] else "right")
     for row in rows:
         table.add_row(
             str(row["class"]),
+            str(row.get("source", "all")),
             str(row["detector"]),
             f"{row['threshold']:.3f}",
             percent(row["false"]),
