@@ -1,14 +1,17 @@
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from agent.errors import ModelError
 from agent.redaction.detector import Detector, frame_of, prepared
 from agent.redaction.geometry import far_windows
 from agent.redaction.manifest import Input, read_manifest
+from tools.training.plates import STYLES, flat_plate
 
 CLASSES = ["person", "face", "plate"]
 
@@ -315,3 +318,35 @@ def test_second_pass_changes_nothing_where_the_picture_fits_the_input(tmp_path):
     path = manifest_for(tmp_path, mean_model())
     scene = np.random.default_rng(1).integers(0, 256, (200, 256, 3), np.uint8)
     assert Detector.open(path, far=True).detect(scene) == Detector.open(path).detect(scene)
+
+
+SHIPPED = Path(__file__).parents[1] / "models" / "detector.json"
+
+
+def test_shipped_detector_is_the_one_of_its_manifest_and_small_and_says_what_it_was_measured_at():
+    detector = Detector.open(SHIPPED)
+    assert (SHIPPED.parent / detector.manifest.model).stat().st_size <= 2 * 2**20
+    assert set(detector.manifest.thresholds) == set(CLASSES)
+    for label, threshold in detector.manifest.thresholds.items():
+        measured = detector.manifest.measured[label]
+        assert {"detection", "false", "curve"} <= measured.keys()
+        assert 0.05 <= threshold < 0.9
+    assert any("tud_street" in line and "unstated" in line for line in detector.manifest.training_data)
+
+
+def test_shipped_detector_gives_the_same_boxes_whatever_the_threads():
+    scene = np.random.default_rng(3).integers(0, 256, (180, 320, 3), np.uint8)
+    low = dict.fromkeys(CLASSES, 0.02)
+    one, two = (Detector.open(SHIPPED, threads=threads).detect(scene, low) for threads in (1, 2))
+    assert one == two
+    assert one
+
+
+def test_shipped_detector_finds_a_plate_on_a_car_s_back():
+    scene = np.full((240, 320, 3), (60, 70, 80), np.uint8)
+    scene[40:220, 60:260] = (120, 20, 20)
+    plate = np.asarray(flat_plate(next(style for style in STYLES if style.name == "eu"), np.random.default_rng(5)))
+    small = np.asarray(Image.fromarray(plate).resize((95, 20), Image.Resampling.BILINEAR))
+    scene[150:170, 112:207] = small
+    boxes = [box for box in Detector.open(SHIPPED).detect(scene) if box.label == "plate"]
+    assert any(box.x1 < 125 and box.x2 > 195 and box.y1 < 155 and box.y2 > 165 for box in boxes)
