@@ -100,5 +100,6 @@ async def _found_good(it, name):
     assert (region["good"], region["duplicates"], region["missing"]) == (len(NUMBERS), 0, 0)
     files = (it.folder / f"got-{name}" / f"region={name}").rglob("*.jsonl")
     stored = [line for path in files for line in stream.lines(path)]
-    assert [line["data"]["n"] for line in stored] == list(NUMBERS)
+    # One that was held for a moment comes after those behind it: the guide promises no order of arrival.
+    assert sorted(line["data"]["n"] for line in stored) == list(NUMBERS)
     assert {line["subject"] for line in stored} == {"vehicle/telemetry/speed"}
