@@ -11,7 +11,7 @@ from PIL import Image
 from agent.messages import Box
 from agent.redaction.detector import Detector
 from tools.training import plates
-from tools.training.augment import Tile, choose_window, flipped, mosaic, paste_from, pasted, show, weathered
+from tools.training.augment import Tile, choose_window, flipped, mosaic, paste_from, pasted, show
 from tools.training.completion import completed, open_classes
 from tools.training.dataset import (
     BLOCK,
@@ -30,6 +30,7 @@ from tools.training.dataset import (
 from tools.training.export import Range, float_model, int8_model, weight_scales
 from tools.training.plan import Conv, Merge, Shape, head_names, plan
 from tools.training.tiles import Album, Stream, batch_of
+from tools.training.weather import weathered
 
 PERSON, FACE, PLATE = range(3)
 SMALL = Shape(widths=(4, 8, 8, 8, 8), blocks=(0, 1, 0, 0), neck=8)

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from tools.training.augment import Tile, flipped, mosaic, paste_from, weathered
+from tools.training.augment import Tile, flipped, mosaic, paste_from
 from tools.training.dataset import Entry, Targets, load_picture, targets_of
 from tools.training.plates import with_plate
+from tools.training.weather import weathered
 
 GRIDS, GRID_CHANCES = (1, 4, 9), (0.6, 0.35, 0.05)
 PASTE, SYNTHETIC, FLIP = 0.2, 0.15, 0.5  # chances
