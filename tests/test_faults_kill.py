@@ -114,10 +114,12 @@ async def begun(it):
 
 
 async def recovered(it, traffic):
-    """A healthy agent settles all that is left."""
+    """A healthy agent settles all that is left; then it stops, so that the books hold still while they are checked."""
     await it.start()
     await it.at(SHENZHEN)
     await it.until(traffic.settled)
+    await it.stop()
+    await it.until(lambda: traffic.arrived == it.counts()["delivered"])
 
 
 async def test_agent_killed_at_each_step_of_the_line_loses_nothing(tmp_path, patience):
