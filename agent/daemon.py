@@ -46,6 +46,7 @@ class Parts:
     """What an assembled agent consists of."""
 
     setup: Setup
+    boot_id: str
     worker: RedactionWorker
     committer: Committer
     fixes: Fixes
@@ -125,6 +126,7 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
     alive = _alive(setup, identity.boot_id)
     return Parts(
         setup=setup,
+        boot_id=identity.boot_id,
         worker=worker,
         committer=committer,
         fixes=fixes,
@@ -204,14 +206,13 @@ async def _drain(parts: Parts) -> None:
 
 
 async def _sweep_loop(parts: Parts) -> None:
-    boot_id = wiring.identity(parts.setup).boot_id
     while True:
         now_ns = time.time_ns()
         with contextlib.suppress(LedgerStalledError):  # the status says so; the next sweep tries again
             await parts.committer.sweep(
                 now_ns if is_set(now_ns) else None,
                 monotonic_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-                boot_id=boot_id,
+                boot_id=parts.boot_id,
             )
         await asyncio.sleep(SWEEP_SECONDS)
 
@@ -229,7 +230,7 @@ async def _write_status(parts: Parts) -> None:
     content = {
         "version": __version__,
         "pid": os.getpid(),
-        "boot_id": wiring.identity(parts.setup).boot_id,
+        "boot_id": parts.boot_id,
         "time_ns": time.time_ns(),
         "policy": parts.setup.policy.version,
         "model": _model(parts.worker),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import AgentError
+from tools import processes
 
 READY_SECONDS = 90.0  # a limit for busy machines; an idle one takes two
 STOP_SECONDS = 30.0
@@ -94,14 +95,7 @@ class AgentProcess:
         process, self._process = self._process, None
         if process is None:
             return
-        if process.returncode is None:
-            process.send_signal(number)
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        await processes.end(process, number, STOP_SECONDS)
 
     def _story(self, what: str) -> str:
         tail = self.log_path.read_text(errors="replace")[-2000:] if self.log_path.exists() else ""

@@ -21,6 +21,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from agent.errors import AgentError
+from tools import processes
 
 HOST = "127.0.0.1"
 FIRST_PORT, LAST_PORT = 15_000, 32_000  # below Linux's ephemeral range, so a restart finds its port still free
@@ -111,14 +112,7 @@ class Broker:
             return
         if process.stdin is not None:
             process.stdin.close()
-        if process.returncode is None:
-            process.send_signal(number)
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        await processes.end(process, number, STOP_SECONDS)
 
     def _story(self, what: str) -> str:
         tail = self.log_path.read_text(errors="replace")[-1000:] if self.log_path.exists() else ""

@@ -20,6 +20,7 @@ import msgpack  # type: ignore[import-untyped]  # it ships no annotations
 
 from agent.errors import RefusedError
 from agent.payloads.documents import Node, Number, parse_document
+from agent.payloads.pointers import tokens
 
 EVERY = "*"
 METRES_PER_DEGREE = 110_574.0  # of latitude on the equator of WGS84: no degree is shorter, so no cell is too small
@@ -87,15 +88,15 @@ def apply_field_rules(payload: bytes, rules: FieldRules, media_type: str | None 
     """The payload as the rules leave it, in the format in which it came; raises RefusedError."""
     try:
         document = parse_document(payload, media_type)
-        root = _kept(document.root, [_path(place) for place in rules.keep]) if rules.keep else document.root
+        root = _kept(document.root, [tokens(place) for place in rules.keep]) if rules.keep else document.root
         for place in rules.drop:
-            _drop(root, _path(place))
+            _drop(root, tokens(place))
         for position in rules.positions:
             _coarsen(root, position)
         for time in rules.times:
-            _change(root, _path(time.place), _floor(time))
+            _change(root, tokens(time.place), _floor(time))
         for place in rules.pseudonymise:
-            _change(root, _path(place), _pseudonym(rules.key))
+            _change(root, tokens(place), _pseudonym(rules.key))
         return document.dump(root)
     except (RecursionError, ArithmeticError, TypeError, ValueError) as exc:
         raise RefusedError("fields.unreadable", type(exc).__name__) from exc
@@ -104,10 +105,6 @@ def apply_field_rules(payload: bytes, rules: FieldRules, media_type: str | None 
 def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads like assert
     if not condition:
         raise ValueError(message)
-
-
-def _path(place: str) -> Path:
-    return tuple(token.replace("~1", "/").replace("~0", "~") for token in place.split("/")[1:])
 
 
 def _unfit(what: str) -> RefusedError:
@@ -172,7 +169,7 @@ def _change(root: Node, path: Path, change: Change) -> None:
 
 
 def _coarsen(root: Node, rule: CoarsePosition) -> None:
-    north, east = _path(rule.latitude), _path(rule.longitude)
+    north, east = tokens(rule.latitude), tokens(rule.longitude)
     for parent in _parents(root, north[:-1]):
         if parent is None:
             continue

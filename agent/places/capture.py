@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from datetime import datetime
-from typing import Any
 
 from agent.errors import RefusedError
 from agent.messages import Message
+from agent.payloads.pointers import value_at
 from agent.settings.policy_config import Rule
 
 NS_PER_UNIT = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
@@ -33,11 +33,7 @@ def _find(place: str, message: Message) -> object:
         if value is None:
             raise LookupError(place)
         return value
-    found: Any = json.loads(message.payload)
-    for token in place.split("/")[1:]:
-        name = token.replace("~1", "/").replace("~0", "~")  # RFC 6901, section 4
-        found = found[int(name)] if isinstance(found, list) else found[name]
-    return found
+    return value_at(json.loads(message.payload), place)
 
 
 def _nanoseconds(value: object, unit: str) -> int:

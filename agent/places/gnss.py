@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from agent.errors import PositionError
 from agent.messages import Fix, Message
+from agent.payloads.pointers import value_at
 from agent.places.freshness import Freshness
 from agent.places.geodesy import at_most_m, wgs84_from_gcj02
 from agent.places.nmea import ACCURACY_AGE_NS, RAYLEIGH_95, NmeaReader
@@ -117,11 +118,11 @@ Parser = Callable[[Message], Reading | None]
 def _json_parser(source: FixSource) -> Parser:
     def parse(message: Message) -> Reading:
         document = json.loads(message.payload)
-        accuracy = _number(_at(document, source.accuracy)) if source.accuracy else source.default_accuracy_m
-        seconds = _number(_at(document, source.time)) if source.time else None
+        accuracy = _number(value_at(document, source.accuracy)) if source.accuracy else source.default_accuracy_m
+        seconds = _number(value_at(document, source.time)) if source.time else None
         return Reading(
-            latitude=_number(_at(document, source.latitude)),
-            longitude=_number(_at(document, source.longitude)),
+            latitude=_number(value_at(document, source.latitude)),
+            longitude=_number(value_at(document, source.longitude)),
             accuracy_m=accuracy,
             time_ns=None if seconds is None else round(seconds * SECOND_NS),
         )
@@ -225,15 +226,6 @@ _PARSERS: Mapping[str, Callable[[FixSource], Parser]] = {
     "nmea": _nmea_parser,
     "locationfix": _locationfix_parser,
 }
-
-
-def _at(document: object, pointer: str) -> object:
-    """The value that a JSON pointer (RFC 6901) names; raises LookupError or TypeError."""
-    found: Any = document
-    for token in pointer.split("/")[1:]:
-        name = token.replace("~1", "/").replace("~0", "~")
-        found = found[int(name)] if isinstance(found, list) else found[name]
-    return found
 
 
 def _number(value: object) -> float:
