@@ -118,6 +118,7 @@ class Session:
     published: list = field(default_factory=list)
     acked: list = field(default_factory=list)
     pings: int = 0
+    farewell: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     _mid: int = 0
 
@@ -202,6 +203,7 @@ class Session:
             self.pings += 1
             self.send(packet(PINGRESP, b""))
         elif kind == DISCONNECT:
+            self.farewell = True
             self.ended.set()
 
     def _on_connect(self, body):

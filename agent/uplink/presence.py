@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from agent import __version__
+from agent.errors import EndpointError
 from agent.mqtt.connection import Connection
-from agent.mqtt.packets import Outgoing, Will
+from agent.mqtt.packets import Outgoing, Puback, Will
 from agent.store.entries import Counts
 from agent.wire import presence
 from agent.wire.presence import Announcement, Session
 
 STATUS_SECONDS = 60.0
+GOODBYE_SECONDS = 2.0  # for the PUBACK of the death
 STATES = ("received", "delivered", "pending", "held", "refused", "expired", "evicted")
 
 
@@ -61,13 +65,22 @@ class Presence:
         totals = {state: getattr(counts, state) for state in STATES}
         _say(connection, presence.status(self._session, now_ns, self._number, totals))
 
-    def dead(self, connection: Connection, now_ns: int, reason: Literal["stopped"] = "stopped") -> None:
-        """Say that we go in good order; the DISCONNECT that follows takes the Last Will back."""
-        _say(connection, presence.death(self._session, now_ns, reason))
+    async def dead(self, connection: Connection, now_ns: int, reason: Literal["stopped"] = "stopped") -> None:
+        """Say that we go in good order; the DISCONNECT that follows takes the Last Will back.
+
+        Returns once the broker has answered, GOODBYE_SECONDS later at most. A broker that still has PUBACKs to write
+        when the connection closes may fail at that before it reads the DISCONNECT, and publish the Last Will as well.
+        """
+        puback = _say(connection, presence.death(self._session, now_ns, reason))
+        with contextlib.suppress(EndpointError, TimeoutError):
+            async with asyncio.timeout(GOODBYE_SECONDS):
+                await puback
 
 
-def _say(connection: Connection, message: Announcement) -> None:
+def _say(connection: Connection, message: Announcement) -> asyncio.Future[Puback]:
     outgoing = Outgoing(
         topic=message.topic, payload=message.payload, retain=message.retain, content_type=message.content_type
     )
-    connection.publish(outgoing).add_done_callback(lambda future: future.cancelled() or future.exception())
+    puback = connection.publish(outgoing)
+    puback.add_done_callback(lambda future: future.cancelled() or future.exception())
+    return puback

@@ -162,7 +162,7 @@ class Uplink:
             await self._pump_loop(connection, presence)
         except asyncio.CancelledError:
             if presence is not None:
-                presence.dead(connection, time.time_ns())
+                await presence.dead(connection, time.time_ns())
             connection.close()
             raise
         except AgentError as exc:
