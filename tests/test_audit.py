@@ -315,6 +315,14 @@ def test_command_prints_the_rows_and_the_verdict(path, capsys):
     assert "NOT INTACT" in capsys.readouterr().out
 
 
+def test_command_leaves_nothing_beside_a_file_that_is_no_ledger(path):
+    path.write_bytes(b"not a database " * 100)
+    for action in ("verify", "export"):
+        with pytest.raises(LedgerError, match="damaged"):
+            command(action, path)
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_command_says_which_file_is_missing(path):
     with pytest.raises(LedgerError, match="there is no ledger"):
         command("verify", path)

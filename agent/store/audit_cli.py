@@ -20,7 +20,7 @@ from cryptography.exceptions import InvalidSignature
 from agent.errors import LedgerError
 from agent.store import audit
 from agent.store.books import read_base, read_meta
-from agent.store.storage import read_only, translated
+from agent.store.storage import read_only
 from agent.store.upkeep import read_seal
 from agent.wire.signing import public_keys
 
@@ -31,7 +31,7 @@ Signed = Callable[[bytes, bytes], bool]
 
 def export(path: Path) -> Iterator[dict[str, object]]:
     """The audit rows of the ledger at `path`, in order, each with its hash as `chain`. LedgerError: damaged."""
-    with translated(path), contextlib.closing(read_only(path)) as connection:
+    with read_only(path) as connection:
         try:
             base = read_base(read_meta(connection))
             yield from audit.unpack(_blocks(connection), base)
@@ -43,7 +43,7 @@ def export(path: Path) -> Iterator[dict[str, object]]:
 def verify(path: Path, signed: Signed | None = None) -> audit.AuditReport:
     """Check the chain of the ledger at `path`, its seal with `signed(message, signature)`. LedgerError: unreadable."""
     unreadable: tuple[str, ...] = ()
-    with translated(path), contextlib.closing(read_only(path)) as connection:
+    with read_only(path) as connection:
         try:
             seal = read_seal(path)
         except ValueError as exc:

@@ -289,5 +289,5 @@ class Ledger:
     @staticmethod
     def read_counts(path: Path) -> Counts:
         """The counters of a ledger, also while another process writes it."""
-        with translated(path), contextlib.closing(read_only(path)) as connection:
+        with read_only(path) as connection:
             return tally.counts(read_cells(connection).items())

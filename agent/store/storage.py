@@ -107,15 +107,15 @@ def beside(path: Path, suffix: str) -> Path:
 
 
 @contextlib.contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """SQLite's and the system's errors become LedgerErrors; damage leaves its mark for the next start."""
+def translated(path: Path, *, mark: bool = True) -> Iterator[None]:
+    """SQLite's and the system's errors become LedgerErrors; damage leaves its `mark` for the next start."""
     try:
         yield
     except sqlite3.Error as exc:
         code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
         if code in _DAMAGE:
-            with contextlib.suppress(OSError):
-                beside(path, ".suspect").write_text(NONSENSE if isinstance(exc, NonsenseError) else "")
+            if mark:
+                _mark(path, exc)
             msg = f"{path}: damaged: {exc}"
             raise LedgerCorruptError(msg) from exc
         kind = LedgerStalledError if code in _DISK else LedgerError
@@ -125,6 +125,11 @@ def translated(path: Path) -> Iterator[None]:
         kind = LedgerStalledError if exc.errno in _DISK_ERRNO else LedgerError
         msg = f"{path}: {exc}"
         raise kind(msg) from exc
+
+
+def _mark(path: Path, exc: sqlite3.Error) -> None:
+    with contextlib.suppress(OSError):
+        beside(path, ".suspect").write_text(NONSENSE if isinstance(exc, NonsenseError) else "")
 
 
 def lock(path: Path) -> int:
@@ -184,11 +189,17 @@ def _check_size(path: Path) -> None:
         raise NonsenseError(f"{size} bytes where {pages} pages of {page} should be")
 
 
-def read_only(path: Path) -> sqlite3.Connection:
-    """A second connection that only reads, beside the writer or without one."""
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-    connection.execute("PRAGMA query_only=ON")
-    return connection
+@contextlib.contextmanager
+def read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """A second connection that only reads, beside the writer or without one; it leaves no mark of damage.
+
+    LedgerError where the file cannot be read.
+    """
+    with translated(path, mark=False):
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        with contextlib.closing(connection):
+            connection.execute("PRAGMA query_only=ON")
+            yield connection
 
 
 def _open_checked(
