@@ -14,9 +14,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from agent import __version__, assembly, commands, status
+from agent import __version__, assembly, commands, status, trust
 from agent.commands import Place
 from agent.errors import AgentError, InvalidConfigError
+from agent.settings.config import state_folder
 from agent.store import audit_cli
 from agent.wire import asyncapi
 
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     document = commands_.add_parser("asyncapi", help="print the AsyncAPI document of the stream")
     document.set_defaults(run=_asyncapi)
     audit_cli.add_parser(commands_)
+    trust.add_parser(commands_)
     return parser
 
 
@@ -125,8 +127,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    setup = assembly.load(arguments.config)
-    content = status.gather(setup.ledger_path, setup.status_path)
+    folder = state_folder(arguments.config)  # and nothing else of the file: the rest may have been refused
+    content = status.gather(folder / assembly.LEDGER_FILE, folder / assembly.STATUS_FILE)
     print(json.dumps(content, indent=1, sort_keys=True) if arguments.json else status.table(content))
     return 0 if content["counts"]["conserved"] else EXIT_FAILED
 

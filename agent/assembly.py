@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -12,7 +13,9 @@ from agent.errors import ConfigError, InvalidConfigError
 from agent.places.geojson import read_polygons
 from agent.places.regions import RegionMap
 from agent.policy import Policy
-from agent.settings.config import AgentConfig, load_agent, load_policy, shipped_manifest
+from agent.settings.config import AgentConfig, load_agent, parse_policy, shipped_manifest
+from agent.trust import Keys
+from agent.wire.detached import Kind
 
 LEDGER_FILE = "ledger.sqlite"
 STATUS_FILE = "status.json"
@@ -21,11 +24,19 @@ SHIPPED_BORDERS = Path(__file__).parent / "data" / "borders.bin"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """A vehicle's configuration and the fleet's policy, fitting together."""
+    """A vehicle's configuration and the fleet's policy, fitting together.
+
+    `digest` is the SHA-256 of policy and borders, `manifest_digest` that of the detector's manifest, empty where there
+    is none; `trusted`: policy and borders are signed by a trusted key.
+    """
 
     file: Path
     config: AgentConfig
     policy: Policy
+    digest: str
+    manifest_digest: str
+    trusted: bool
+    own_borders: bytes | None
 
     @property
     def ledger_path(self) -> Path:
@@ -40,17 +51,17 @@ class Setup:
     @property
     def manifest_path(self) -> Path:
         """The detector's manifest."""
-        return Path(self.config.model.manifest) if self.config.model.manifest else shipped_manifest()
+        return _manifest_path(self.config)
 
     def borders(self) -> RegionMap:
         """The shipped borders, or the policy's own; raises InvalidConfigError."""
-        own = self.policy.config.borders.geojson
-        if not own:
+        if self.own_borders is None:
             return RegionMap.from_bytes(SHIPPED_BORDERS.read_bytes())
+        own = self.policy.config.borders.geojson
         try:
-            text = Path(own).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise InvalidConfigError([ConfigError(self.file, "borders.geojson", str(exc), "a readable file")]) from exc
+            text = self.own_borders.decode("utf-8")
+        except UnicodeDecodeError as exc:
+            raise InvalidConfigError([ConfigError(own, "the file", str(exc), "GeoJSON in UTF-8")]) from exc
         return RegionMap(read_polygons(text, file=own))
 
 
@@ -58,17 +69,43 @@ def load(file: Path) -> Setup:
     """Read agent.toml and the policy that it names; raises InvalidConfigError with every mistake of both."""
     mistakes: list[ConfigError] = []
     config = load_agent(file)
+    keys = Keys.read(config.trust, file)
     policy_file = Path(config.paths.policy)
     try:
-        policy = Policy(load_policy(policy_file), policy_file)
+        data = keys.read_file(policy_file, Kind.POLICY)
+        policy = Policy(parse_policy(policy_file, data), policy_file)
+        own = policy.config.borders.geojson
+        borders = keys.read_file(Path(own), Kind.BORDERS, (policy_file, "borders.geojson")) if own else None
     except InvalidConfigError as exc:
         mistakes += exc.mistakes
     else:
         mistakes += _between(config, policy, file)
+        if keys and not policy.config.serial:
+            mistakes.append(ConfigError(policy_file, "serial", 0, "at least 1 in a policy that has to be signed"))
     mistakes += _intake(config, file)
     if mistakes:
         raise InvalidConfigError(mistakes)
-    return Setup(file=file, config=config, policy=policy)
+    return Setup(
+        file=file,
+        config=config,
+        policy=policy,
+        digest=hashlib.sha256(data + (borders or b"")).hexdigest(),
+        manifest_digest=_manifest_digest(config, keys, file),
+        trusted=bool(keys),
+        own_borders=borders,
+    )
+
+
+def _manifest_path(config: AgentConfig) -> Path:
+    return Path(config.model.manifest) if config.model.manifest else shipped_manifest()
+
+
+def _manifest_digest(config: AgentConfig, keys: Keys, file: Path) -> str:
+    """SHA-256 of the manifest, verified where it must be signed; empty for one that is missing and need not be."""
+    path, signed = _manifest_path(config), keys if config.trust.model else Keys()
+    if not signed and not path.is_file():
+        return ""
+    return hashlib.sha256(signed.read_file(path, Kind.MODEL, (file, "model.manifest"))).hexdigest()
 
 
 def _intake(config: AgentConfig, file: Path) -> Iterator[ConfigError]:

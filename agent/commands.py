@@ -41,6 +41,8 @@ def _warnings(setup: Setup) -> Iterator[str]:
     yield from setup.policy.warnings()
     if not setup.manifest_path.is_file():
         yield f"model.manifest: {setup.manifest_path} does not exist: every picture will be refused"
+    if not setup.trusted:
+        yield "trust.keys_file is empty: whoever can write the policy decides what leaves"
     if not setup.config.signing.key_file:
         yield "signing.key_file is empty: records are not signed"
     if setup.config.vehicle.registration == "" and any(

@@ -22,6 +22,7 @@ LAYERS = [
     {"pipeline"},
     {"board", "mqtt", "store"},
     {"intake", "uplink"},
+    {"trust"},
     {"systemd", "status", "metrics", "assembly"},
     {"wiring"},
     {"commands", "daemon", "doctor"},

@@ -127,6 +127,15 @@ class Signing(Table, frozen=True, kw_only=True):
     pseudonym_key_file: Annotated[str, Meta(description="Key of the pseudonyms, 16 bytes or more; a secret")] = ""
 
 
+class Trust(Table, frozen=True, kw_only=True):
+    """[trust]: whose policy and model are used."""
+
+    keys_file: Annotated[
+        str, Meta(description="Ed25519 public keys, PEM, one of which must have signed the policy; empty: unsigned")
+    ] = ""
+    model: Annotated[bool, Meta(description="Whether the detector's manifest must be signed too")] = True
+
+
 class Credential(Table, frozen=True, kw_only=True):
     """[credentials.ENDPOINT]: how this vehicle proves itself to an endpoint."""
 
@@ -161,6 +170,7 @@ class AgentConfig(Table, frozen=True, kw_only=True):
     model: Model = Model()
     limits: Limits = Limits()
     signing: Signing = Signing()
+    trust: Trust = Trust()
     credentials: dict[str, Credential] = {}
     metrics: Metrics = Metrics()
     paths: Paths = Paths()
@@ -168,13 +178,14 @@ class AgentConfig(Table, frozen=True, kw_only=True):
 
 def load_agent(path: Path) -> AgentConfig:
     """agent.toml as values; file names in it become absolute. Raises InvalidConfigError."""
-    config = convert(path, _toml(path), AgentConfig)
+    config = convert(path, _toml(path, _read(path)), AgentConfig)
     folder = path.absolute().parent
     return msgspec.structs.replace(
         config,
         broker=_absolute(folder, config.broker, "password_file"),
         model=_absolute(folder, config.model, "manifest"),
         signing=_absolute(folder, config.signing, "key_file", "pseudonym_key_file"),
+        trust=_absolute(folder, config.trust, "keys_file"),
         paths=_absolute(folder, config.paths, "policy", "state"),
         credentials={
             name: _absolute(folder, credential, "password_file", "cert_file", "key_file")
@@ -185,7 +196,12 @@ def load_agent(path: Path) -> AgentConfig:
 
 def load_policy(path: Path) -> PolicyConfig:
     """policy.toml as values; file names in it become absolute. Raises InvalidConfigError."""
-    config = convert(path, _toml(path), PolicyConfig)
+    return parse_policy(path, _read(path))
+
+
+def parse_policy(path: Path, data: bytes) -> PolicyConfig:
+    """The same for bytes that were read from this path before."""
+    config = convert(path, _toml(path, data), PolicyConfig)
     folder = path.absolute().parent
     return msgspec.structs.replace(
         config,
@@ -201,11 +217,23 @@ def shipped_manifest() -> Path:
     return (installed if installed.is_dir() else package.parent / "models") / "detector.json"
 
 
-def _toml(path: Path) -> object:
+def state_folder(path: Path) -> Path:
+    """Where the agent of this agent.toml keeps its state, also when the rest of the file is in disorder."""
+    paths = _toml(path, _read(path)).get("paths", {})
+    state = paths.get("state") if isinstance(paths, dict) else None
+    return path.absolute().parent / (state if isinstance(state, str) and state else "state")
+
+
+def _read(path: Path) -> bytes:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as exc:
         raise InvalidConfigError([ConfigError(path, "the file", exc.strerror, "a readable file")]) from exc
+
+
+def _toml(path: Path, data: bytes) -> dict[str, object]:
+    try:
+        return tomllib.loads(data.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise InvalidConfigError([ConfigError(path, "the file", str(exc), "TOML 1.0 in UTF-8")]) from exc
 

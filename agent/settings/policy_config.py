@@ -120,6 +120,9 @@ class PolicyConfig(Table, frozen=True, kw_only=True):
     """policy.toml: the fleet. `permit` is region -> data class -> ordered endpoints; absent means not permitted."""
 
     version: Annotated[Text, Meta(description="Travels with every record", pattern="^[!-~]{1,64}$")]
+    serial: Annotated[
+        int, Meta(ge=0, description="Counts up with each signed policy; where [trust] is set, no lower one is taken")
+    ] = 0
     regions: dict[str, Region]
     endpoints: dict[str, Endpoint]
     classes: dict[str, DataClass]
