@@ -10,9 +10,10 @@ from PIL import Image
 
 from agent.messages import Box
 from agent.redaction.detector import Detector
+from tools.evaluation.contest import Contestant
 from tools.training import plates
 from tools.training.augment import Tile, choose_window, flipped, mosaic, paste_from, pasted, show
-from tools.training.completion import completed, open_classes
+from tools.training.completion import completed, open_classes, weighed
 from tools.training.dataset import (
     BLOCK,
     CLASSES,
@@ -234,7 +235,7 @@ def test_homography_sends_corners_to_their_images():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_synthetic_plate_s_box_is_where_its_pixels_are(seed):
-    scene = Tile(pixels=np.zeros((300, 400, 3), np.uint8), targets=Targets.of(()))
+    scene = Tile(pixels=np.zeros((700, 1000, 3), np.uint8), targets=Targets.of(()))
     made = plates.with_plate(scene, np.random.default_rng(seed))
     x1, y1, x2, y2 = (int(value) for value in made.targets.boxes[0])
     lit = made.pixels.max(axis=2) > 0
@@ -249,11 +250,26 @@ def album():
 
 
 def test_batch_of_a_seed_and_number_is_always_the_same_and_another_number_is_another():
-    stream = Stream(tile=96, batch=2, seed=5)
+    stream = Stream(sides=(96,), batch=2, seed=5)
     first, again, other = (batch_of(album(), stream, number) for number in (3, 3, 4))
     assert (first[0] == again[0]).all()
     assert all((one.boxes == two.boxes).all() for one, two in zip(first[1], again[1], strict=True))
     assert (first[0] != other[0]).any()
+
+
+def test_batches_have_all_sides_in_turn_and_none_more_pixels_than_that_of_the_largest():
+    shapes = {batch_of(album(), Stream(sides=(64, 96, 128), batch=2), number)[0].shape for number in range(20)}
+    assert shapes == {(8, 64, 64, 3), (3, 96, 96, 3), (2, 128, 128, 3)}
+
+
+def test_windows_often_show_a_close_plate_as_large_as_the_tile():
+    scene = Tile(pixels=np.zeros((480, 640, 3), np.uint8), targets=Targets.of([(PLATE, (40, 120, 600, 400), False)]))
+    shown = [
+        show(scene, choose_window(scene, 320, 320, np.random.default_rng(seed)), np.zeros(3)) for seed in range(60)
+    ]
+    widths = [float(np.ptp(one.targets.boxes[0][[0, 2]])) for one in shown]
+    assert max(widths) > 280
+    assert sum(width > 230 for width in widths) > 30
 
 
 def test_completion_speaks_only_of_classes_that_nobody_spoke_of(tmp_path):
@@ -279,6 +295,34 @@ def test_completion_speaks_only_of_classes_that_nobody_spoke_of(tmp_path):
     (item,) = completed(raw, tmp_path, Teacher())
     assert item["pseudo"] == [["person", 0, 0, 5, 5, 0.6], ["plate", 1, 2, 30, 12, 0.7]]
     assert open_classes("openimages_lp") == []
+
+
+def test_what_two_teachers_saw_is_believed_and_what_one_saw_is_doubted():
+    first = [["person", 0, 0, 10, 20, 0.3], ["person", 50, 0, 60, 20, 0.6], ["face", 0, 0, 5, 5, 0.4]]
+    second = [["person", 0, 1, 10, 20, 0.8], ["person", 80, 0, 90, 20, 0.6]]
+    assert weighed(first, second, {"person"}) == [
+        ["face", 0, 0, 5, 5, 0.4],
+        ["person", 50, 0, 60, 20, 0.42],
+        ["person", 0, 0, 10, 20, 0.8],
+        ["person", 80, 0, 90, 20, 0.42],
+    ]
+
+
+def test_second_teacher_is_not_asked_where_people_labelled_the_class(tmp_path):
+    Image.new("RGB", (50, 50)).save(tmp_path / "a.jpg")
+    box = Box(label="person", score=0.9, x1=0, y1=0, x2=9, y2=30)
+    second = Contestant(name="second", labels=("person",), detect=lambda _picture: [box])
+
+    class Silent:
+        def detect(self, _picture, _thresholds=None):
+            return []
+
+    def item(source):
+        return {"file": "a.jpg", "source": source, "w": 50, "h": 50, "boxes": []}
+
+    doubted, labelled = completed([item("tud_street"), item("coco_minis")], tmp_path, Silent(), [second])
+    assert doubted["pseudo"] == [["person", 0, 0, 9, 30, 0.63]]
+    assert labelled["pseudo"] == []
 
 
 def weights_of(shape, seed=0):
@@ -356,6 +400,61 @@ def test_exported_network_computes_what_was_trained():
     assert np.allclose(outputs_of(float_model(network.layers, weights, 15), PICTURE), wanted, atol=1e-4)
 
 
+def trained(torch, shape):
+    """A network whose norms and biases are no longer those of a fresh one, and its float manifest's weights."""
+    from tools.training.network import Network, folded  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    network = Network(shape).train()
+    for module in network.convs.values():
+        torch.nn.init.normal_(module[1].bias if len(module) > 1 else module[0].bias, std=0.3)
+    for _ in range(3):
+        network(torch.rand(2, 3, 64, 96))
+    weights = {name: (weight.numpy(), bias.numpy()) for name, (weight, bias) in folded(network.eval()).items()}
+    return network, float_model(network.layers, weights, 15)
+
+
+@torch_needed
+def test_warm_start_computes_what_the_file_computes_and_trains_as_if_it_had_never_been_folded(tmp_path):
+    import torch  # noqa: PLC0415
+
+    from tools.training.network import Network  # noqa: PLC0415
+    from tools.training.shipping import write  # noqa: PLC0415
+    from tools.training.start import start_from  # noqa: PLC0415
+
+    before, model = trained(torch, SMALL)
+    path = write(tmp_path, "shipped-float", model, dict.fromkeys(CLASSES, 0.5), {})
+    after = Network(SMALL)
+    tiles = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), np.uint8)
+    start_from(after, path, [tiles])
+    picture = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        wanted = before(picture)
+        assert torch.allclose(after.eval()(picture), wanted, atol=1e-3)
+        assert torch.allclose(after.train()(picture), wanted, atol=1e-2)
+    assert float(after.convs["s8_1"].conv.weight.detach().std()) == pytest.approx(
+        float(Network(SMALL).convs["s8_1"].conv.weight.detach().std()), rel=0.2
+    )
+
+
+@torch_needed
+def test_warm_start_refuses_a_file_of_another_shape_or_of_no_float_weights(tmp_path):
+    import torch  # noqa: PLC0415
+
+    from tools.training.network import Network  # noqa: PLC0415
+    from tools.training.shipping import write  # noqa: PLC0415
+    from tools.training.start import StartError, start_from  # noqa: PLC0415
+
+    _, model = trained(torch, SMALL)
+    path = write(tmp_path, "small", model, dict.fromkeys(CLASSES, 0.5), {})
+    with pytest.raises(StartError, match="stem"):
+        start_from(Network(Shape()), path, [])
+    whole = int8_model(plan(SMALL), weights_of(SMALL), ranges_of(SMALL), 15)
+    path = write(tmp_path, "whole", whole, dict.fromkeys(CLASSES, 0.5), {})
+    with pytest.raises(StartError, match="float file"):
+        start_from(Network(SMALL), path, [])
+
+
 @torch_needed
 def test_shipped_files_are_taken_by_the_agent(tmp_path):
     import torch  # noqa: PLC0415
@@ -421,7 +520,7 @@ def test_training_learns_logs_and_goes_on_from_its_checkpoint(tmp_path):
     from tools.training.loop import Plan, Trainer, load_average  # noqa: PLC0415
 
     def trainer(steps):
-        stream = Stream(tile=64, batch=2)
+        stream = Stream(sides=(64, 96), batch=1)
         return Trainer(SMALL, Plan(folder=tmp_path, minutes=5, steps=steps, stream=stream, workers=0, threads=1))
 
     first = trainer(4)
@@ -440,7 +539,9 @@ def test_training_learns_logs_and_goes_on_from_its_checkpoint(tmp_path):
 def test_training_that_is_told_to_stop_leaves_a_checkpoint(tmp_path):
     from tools.training.loop import Plan, Trainer  # noqa: PLC0415
 
-    stopped = Trainer(SMALL, Plan(folder=tmp_path, minutes=5, stream=Stream(tile=64, batch=1), workers=0, threads=1))
+    stopped = Trainer(
+        SMALL, Plan(folder=tmp_path, minutes=5, stream=Stream(sides=(64,), batch=1), workers=0, threads=1)
+    )
     stopped.stopping = True
     assert stopped.run(album()).is_file()
     assert stopped.step == 0

@@ -33,17 +33,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     network.add_argument("--completed", action="store_true", help="the labels' teachers speak of every class")
     network.add_argument("--minutes", type=float, default=100.0, help="time limit, all resumed runs together")
     network.add_argument("--steps", type=int, default=40_000)
-    network.add_argument("--tile", type=int, default=384, help="side of a training tile in pixels")
-    network.add_argument("--batch", type=int, default=16)
+    network.add_argument("--tile", type=int, nargs="+", default=[320, 384, 512, 640], help="sides of tiles in pixels")
+    network.add_argument("--batch", type=int, default=6, help="tiles of the largest side; of smaller sides more")
     network.add_argument("--rate", type=float, default=2e-3)
     network.add_argument("--seed", type=int, default=1)
     network.add_argument("--threads", type=int, default=2)
     network.add_argument("--device", default="cpu")
-    network.add_argument("--resume", type=Path, help="checkpoint to go on from")
+    begin = network.add_mutually_exclusive_group()
+    begin.add_argument("--start", type=Path, help="manifest of a float file whose weights to begin with")
+    begin.add_argument("--resume", type=Path, help="checkpoint to go on from")
     network.set_defaults(run=run_network)
     complete = steps.add_parser("complete", help="complete missing labels with a trained detector")
     complete.add_argument("data", type=Path)
     complete.add_argument("--manifest", type=Path, required=True)
+    complete.add_argument("--second", type=Path, help="folder with efficientdet-lite0.tflite, to check the people")
     complete.add_argument("--out", type=Path, required=True, help="the completed labels.json")
     complete.set_defaults(run=run_complete)
     ship = steps.add_parser("ship", help="write ONNX files and manifests from a checkpoint")
@@ -80,11 +83,13 @@ def run_network(args: argparse.Namespace) -> int:
         rate=args.rate,
         threads=args.threads,
         device=args.device,
-        stream=Stream(tile=args.tile, batch=args.batch, seed=args.seed),
+        stream=Stream(sides=tuple(args.tile), batch=args.batch, seed=args.seed),
     )
     trainer = Trainer(Shape(), plan)
     if args.resume:
         trainer.resume(args.resume)
+    elif args.start:
+        trainer.start(args.start, album)
     print(f"{len(training)} pictures, from step {trainer.step}", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stopping", True))
     signal.signal(signal.SIGINT, lambda *_: setattr(trainer, "stopping", True))
@@ -95,11 +100,13 @@ def run_network(args: argparse.Namespace) -> int:
 def run_complete(args: argparse.Namespace) -> int:
     """Write labels in which the detector has spoken of the classes that its sources left out."""
     from agent.redaction.detector import Detector  # noqa: PLC0415
+    from tools.evaluation.baselines import efficientdet  # noqa: PLC0415
     from tools.training.completion import completed  # noqa: PLC0415
 
+    second = [efficientdet(args.second / "efficientdet-lite0.tflite")] if args.second else []
     detector = Detector.open(args.manifest, threads=os.cpu_count() or 1)
     raw = json.loads((args.data / "labels.json").read_bytes())
-    args.out.write_text(json.dumps(completed(raw, args.data / "train", detector)))
+    args.out.write_text(json.dumps(completed(raw, args.data / "train", detector, second)))
     return 0
 
 

@@ -17,9 +17,11 @@ from tools.training.dataset import CLASSES, Targets
 
 Pixels = NDArray[np.uint8]
 
-SIZES = {"person": (16.0, 400.0), "face": (7.0, 220.0), "plate": (6.0, 180.0)}  # smaller side (person: height), pixels
+SIZES = {"person": (16.0, 560.0), "face": (7.0, 320.0), "plate": (6.0, 260.0)}  # smaller side (person: height), pixels
 SCALES = (0.3, 2.2)  # limits of the scale jitter
-COVER = 0.8  # a picture fills at least this share of its cell's longer relation
+COVER = 0.8  # a picture scaled by this times the mean relation of the sides is the smallest that a cell shows
+WHOLE, WHOLES = 0.35, (0.85, 1.5)  # chance that a picture is shown as a whole, and its scale against filling the cell
+FIT = {"person": 1.2, "face": 0.95, "plate": 0.95}  # largest share of a cell's side that the wanted object takes
 SEEN = 0.3  # visible share of an object below which its rest teaches nothing
 LEAST = {"person": 10.0, "face": 5.0, "plate": 4.0}  # smaller side (person: height) below which a box teaches nothing
 
@@ -51,25 +53,40 @@ def object_size(box: NDArray[np.float32], label: str) -> float:
 
 
 def choose_window(tile: Tile, width: int, height: int, rng: Generator) -> Window:
-    """A window that shows a random object at a random size, log-uniform, somewhere inside."""
+    """A window that shows either the whole picture, or a random object at a random size, log-uniform, inside."""
     usable = np.flatnonzero(~tile.targets.ignored)
     high, wide = tile.pixels.shape[:2]
-    if not len(usable):
-        scale = float(np.exp(rng.uniform(np.log(0.5), np.log(1.5)))) * max(width / wide, height / high)
-        x, y = rng.uniform(0, max(wide - width / scale, 0)), rng.uniform(0, max(high - height / scale, 0))
-        return Window(x=x, y=y, scale_x=scale, scale_y=scale, width=width, height=height)
+    if not len(usable) or rng.random() < WHOLE:
+        scale = _log_uniform(*WHOLES, rng) * min(width / wide, height / high)
+        return _window((0.0, 0.0, float(wide), float(high)), tile, (width, height), scale, rng)
     chosen = int(rng.choice(usable))
-    box = tile.targets.boxes[chosen]
-    label = CLASSES[int(tile.targets.classes[chosen])]
-    smallest, largest = SIZES[label]
-    wanted = np.exp(rng.uniform(np.log(smallest), np.log(largest)))
-    cover = COVER * max(width / wide, height / high)
-    scale = float(np.clip(wanted / max(object_size(box, label), 1.0), max(SCALES[0], min(cover, SCALES[1])), SCALES[1]))
+    box, label = tile.targets.boxes[chosen], CLASSES[int(tile.targets.classes[chosen])]
+    smallest = max(SCALES[0], min(COVER * math.sqrt(width / wide * height / high), SCALES[1]))
+    fit = FIT[label] * min(width / max(box[2] - box[0], 1), height / max(box[3] - box[1], 1))
+    wanted = _log_uniform(*SIZES[label], rng) / max(object_size(box, label), 1.0)
+    scale = float(np.clip(min(wanted, fit), smallest, SCALES[1]))
+    x1, y1, x2, y2 = (float(value) for value in box)
+    return _window((x1, y1, x2, y2), tile, (width, height), scale, rng)
+
+
+def _log_uniform(low: float, high: float, rng: Generator) -> float:
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def _window(
+    box: tuple[float, float, float, float],
+    tile: Tile,
+    size: tuple[int, int],
+    scale: float,
+    rng: Generator,
+) -> Window:
+    """A window of `size` (width, height) that holds a box at about a scale."""
+    high, wide = tile.pixels.shape[:2]
     stretch = float(np.exp(rng.normal(0, 0.08)))
-    across, down = width / (scale * stretch), height / (scale / stretch)
-    x = _place(float(box[0]), float(box[2]), across, wide, rng)
-    y = _place(float(box[1]), float(box[3]), down, high, rng)
-    return Window(x=x, y=y, scale_x=scale * stretch, scale_y=scale / stretch, width=width, height=height)
+    scale_x, scale_y = scale * stretch, scale / stretch
+    x = _place(box[0], box[2], size[0] / scale_x, wide, rng)
+    y = _place(box[1], box[3], size[1] / scale_y, high, rng)
+    return Window(x=x, y=y, scale_x=scale_x, scale_y=scale_y, width=size[0], height=size[1])
 
 
 def _place(low: float, high: float, span: float, limit: int, rng: Generator) -> float:

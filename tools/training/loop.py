@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from tools.training.dataset import Targets
 from tools.training.losses import Cells, Loss, Objects, loss_of
 from tools.training.network import Network
 from tools.training.plan import Shape
+from tools.training.start import start_from
 from tools.training.tiles import Album, Stream, batch_of
 
 WARM_UP = 300  # steps of rising rate
@@ -35,6 +36,7 @@ AVERAGE = 0.999  # decay of the moving average per step
 FOLLOW = 4  # steps between its updates
 CLIP = 10.0  # largest norm of a step's gradient
 REPORT = 50  # steps between lines of the log
+MEASURED = 12  # batches on which the norms of a warm start are measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,7 @@ class Trainer:
         self.network = Network(shape).to(self.device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(requires_grad=False)
         self.optimiser = torch.optim.AdamW(_groups(self.network, plan.decay), lr=plan.rate, fused=True)
-        self.step = 0
+        self.step = self.tiles = 0
         self.spent_s = 0.0
         self.stopping = False
 
@@ -87,7 +89,13 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.spent_s = int(state["step"]), float(state["spent_s"])
+        self.step, self.tiles, self.spent_s = int(state["step"]), int(state["tiles"]), float(state["spent_s"])
+
+    def start(self, manifest: Path, album: Album) -> None:
+        """Begin with the weights of a shipped float file instead of random ones."""
+        stream = replace(self.plan.stream, seed=self.plan.stream.seed + 1)
+        start_from(self.network, manifest, (batch_of(album, stream, number)[0] for number in range(MEASURED)))
+        self.average.load_state_dict(self.network.state_dict())
 
     def save(self) -> Path:
         """Write `checkpoint.pt` whole or not at all."""
@@ -99,6 +107,7 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "shape": json.dumps(asdict(self.network.shape)),
             "step": self.step,
+            "tiles": self.tiles,
             "spent_s": self.spent_s,
         }
         torch.save(state, part)
@@ -109,13 +118,14 @@ class Trainer:
         self.plan.folder.mkdir(parents=True, exist_ok=True)
         started, before = time.monotonic(), self.spent_s
         saved, sums = started, np.zeros(3)
-        cells = Cells.of(self.plan.stream.tile, self.plan.stream.tile).to(self.device)
+        cells = {side: Cells.of(side, side).to(self.device) for side in self.plan.stream.sides}
         for pixels, targets in self._batches(album):
             progress = self._progress()
             if self.stopping or progress >= 1:
                 break
-            sums += (*self._learn(pixels, targets, cells, progress), 1)
+            sums += (*self._learn(pixels, targets, cells[pixels.shape[1]], progress), 1)
             self.step += 1
+            self.tiles += len(targets)
             now = time.monotonic()
             self.spent_s = before + now - started
             if self.step % REPORT == 0:
@@ -159,7 +169,7 @@ class Trainer:
         score, box = sums[:2] / sums[2]
         line = {
             "step": self.step,
-            "tile": self.plan.stream.tile,
+            "tiles": self.tiles,
             "minutes": round(self.spent_s / 60, 2),
             "progress": round(progress, 4),
             "score": round(float(score), 4),

@@ -152,7 +152,7 @@ def homography(points: NDArray[np.float64], images: NDArray[np.float64]) -> tupl
 def with_plate(tile: Tile, rng: Generator) -> Tile:
     """A tile with one synthetic plate somewhere, dimmed or brightened to the place's own light."""
     style = STYLES[int(rng.integers(len(STYLES)))]
-    height = float(np.exp(rng.uniform(np.log(7), np.log(60))))
+    height = float(np.exp(rng.uniform(np.log(7), np.log(140))))
     pixels, mask = perspective(flat_plate(style, rng), height, rng)
     high, wide = tile.pixels.shape[:2]
     if pixels.shape[0] >= high or pixels.shape[1] >= wide:

@@ -1,4 +1,4 @@
-"""The stream of training tiles: tile number n of a seed is always the same tile."""
+"""The stream of training tiles: batch number n of a seed is always the same batch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from tools.training.dataset import Entry, Targets, load_picture, targets_of
 from tools.training.plates import with_plate
 from tools.training.weather import weathered
 
-GRIDS, GRID_CHANCES = (1, 4, 9), (0.6, 0.35, 0.05)
+GRIDS, GRID_CHANCES = (1, 4, 9), (0.7, 0.27, 0.03)
 PASTE, SYNTHETIC, FLIP = 0.2, 0.15, 0.5  # chances
 EMPHASIS: Mapping[str, float] = {
-    "coco_minis": 2.0,
-    "tud_street": 1.6,
-    "bikeshelmets": 1.3,
+    "coco_minis": 3.0,
     "facemask853_train": 1.6,
-    "ro_dashcam_day": 1.2,
-    "openimages_lp": 1.3,
-    "usfl_lhqow": 1.0,
-    "experiment_plates_uniq": 0.6,
-}  # how often a picture is drawn: more where streets, people and far objects are
+    "openimages_lp": 1.8,
+    "usfl_lhqow": 1.5,
+    "tud_street": 1.2,
+    "bikeshelmets": 1.2,
+}  # how often a picture is drawn: more where pictures are few and objects are hard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +49,8 @@ class Album:
         return [self.tiles[int(index)] for index in rng.choice(len(self.tiles), size=count, p=self.chances)]
 
 
-def training_tile(album: Album, size: int, seed: int, number: int) -> Tile:
-    """Tile `number` of the stream, (size, size) pixels."""
-    rng = np.random.default_rng((seed, number))
+def training_tile(album: Album, size: int, rng: Generator) -> Tile:
+    """One tile of (size, size) pixels."""
     tile = mosaic(album.draw(int(rng.choice(GRIDS, p=GRID_CHANCES)), rng), size, rng)
     if rng.random() < PASTE:
         tile = paste_from(tile, album.draw(1, rng)[0], rng)
@@ -66,15 +63,20 @@ def training_tile(album: Album, size: int, seed: int, number: int) -> Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
-    """Which tiles: their side in pixels (a multiple of 32), how many in a batch, and the seed."""
+    """Which tiles: the sides in pixels (multiples of 32) that batches have in turn, and the seed.
 
-    tile: int = 384
-    batch: int = 16
+    `batch` is how many tiles of the largest side go into one; of smaller sides as many as have no more pixels.
+    """
+
+    sides: tuple[int, ...] = (320, 384, 512, 640)
+    batch: int = 6
     seed: int = 1
 
 
 def batch_of(album: Album, stream: Stream, number: int) -> tuple[NDArray[np.uint8], list[Targets]]:
-    """Batch `number`: pixels (batch, tile, tile, 3) and their targets."""
-    first = number * stream.batch
-    tiles = [training_tile(album, stream.tile, stream.seed, first + index) for index in range(stream.batch)]
+    """Batch `number`: pixels (B, side, side, 3) and their targets; the same number gives the same batch."""
+    rng = np.random.default_rng((stream.seed, number))
+    side = int(rng.choice(stream.sides))
+    count = stream.batch * max(stream.sides) ** 2 // side**2
+    tiles = [training_tile(album, side, rng) for _ in range(count)]
     return np.stack([tile.pixels for tile in tiles]), [tile.targets for tile in tiles]

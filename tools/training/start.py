@@ -1,0 +1,104 @@
+"""A warm start: the weights of a float ONNX file, as `tools.training.export` writes it, read back into the network.
+
+The file holds convolutions with their batch norms folded in. Each norm is put back with the mean and variance that its
+convolution shows on training tiles, so that the network computes what the file computes and trains on.
+"""
+
+# torch is loosely typed, and absent where nobody trains: the file has to pass in both cases.
+# mypy: disable-error-code="misc, no-any-return, no-untyped-call"
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from agent.errors import AgentError
+from agent.redaction.manifest import read_manifest
+from tools.training.network import Network
+
+
+class StartError(AgentError, ValueError):
+    """A file whose weights do not fit the network: says which file and which tensor."""
+
+
+def weights_in(manifest: Path) -> dict[str, NDArray[np.float32]]:
+    """The float tensors of a manifest's ONNX file, by name."""
+    model = onnx.load(manifest.parent / read_manifest(manifest).model)
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def start_from(network: Network, manifest: Path, batches: Iterable[NDArray[np.uint8]]) -> None:
+    """Give the network a file's weights; `batches` (B, H, W, 3) RGB are what the norms are measured on."""
+    weights = weights_in(manifest)
+    fresh = {name: float(module.conv.weight.detach().std()) for name, module in network.convs.items()}
+    for name, module in network.convs.items():
+        weight, bias = (_tensor(weights, f"{name}.{part}", manifest) for part in "wb")
+        if module.conv.weight.shape != weight.shape:
+            message = f"{manifest}: {name}.w is {tuple(weight.shape)}, wanted {tuple(module.conv.weight.shape)}"
+            raise StartError(message)
+        _put(module, weight, bias)
+    for name, (mean, variance) in _measured(network, batches).items():
+        _refer(network.convs[name], mean, variance, fresh[name])
+
+
+def _tensor(weights: Mapping[str, NDArray[np.float32]], name: str, manifest: Path) -> Tensor:
+    if name not in weights:
+        message = f"{manifest}: no tensor {name}, wanted a float file written by residency-tools train ship"
+        raise StartError(message)
+    return torch.from_numpy(weights[name].copy())
+
+
+def _put(module: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """The folded convolution as it is, with a norm that only adds the bias."""
+    with torch.no_grad():
+        module.conv.weight.copy_(weight)
+        norm = getattr(module, "norm", None)
+        (module.conv if norm is None else norm).bias.copy_(bias)
+        if norm is not None:
+            norm.weight.fill_(1.0)
+            norm.running_mean.zero_()
+            norm.running_var.fill_(1.0 - norm.eps)
+
+
+def _measured(network: Network, batches: Iterable[NDArray[np.uint8]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(mean, variance) of each channel that a norm receives, by layer name."""
+    seen: dict[str, list[Tensor]] = {name: [] for name, module in network.convs.items() if hasattr(module, "norm")}
+    hooks = [
+        network.convs[name].conv.register_forward_hook(lambda _, __, value, kept=kept: kept.append(_moments(value)))
+        for name, kept in seen.items()
+    ]
+    device = next(network.parameters()).device
+    training = network.training
+    network.eval()
+    with torch.no_grad():
+        for pixels in batches:
+            network(torch.as_tensor(pixels).to(device).permute(0, 3, 1, 2).float().div(255))
+    network.train(training)
+    for hook in hooks:
+        hook.remove()
+    means = {name: torch.stack(kept).mean(0) for name, kept in seen.items()}
+    return {name: (first, second - first**2) for name, (first, second) in means.items()}
+
+
+def _moments(value: Tensor) -> Tensor:
+    """Mean and mean square (2, C) of (B, C, H, W)."""
+    return torch.stack([value.mean((0, 2, 3)), (value**2).mean((0, 2, 3))])
+
+
+def _refer(module: nn.Module, mean: Tensor, variance: Tensor, spread: float) -> None:
+    """Let the norm do what it did not have to, with kernels as wide as fresh ones: a norm makes their width free."""
+    with torch.no_grad():
+        norm, weight = module.norm, module.conv.weight
+        gain = spread / float(weight.std())
+        weight.mul_(gain)
+        norm.running_mean.copy_(mean * gain)
+        norm.running_var.copy_(variance.clamp(min=0) * gain**2)
+        norm.weight.copy_(torch.sqrt(norm.running_var + norm.eps) / gain)
+        norm.bias.add_(mean)
