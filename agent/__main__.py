@@ -129,7 +129,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     folder = state_folder(arguments.config)  # and nothing else of the file: the rest may have been refused
     content = status.gather(folder / assembly.LEDGER_FILE, folder / assembly.STATUS_FILE)
-    print(json.dumps(content, indent=1, sort_keys=True) if arguments.json else status.table(content))
+    print(json.dumps(content, indent=1, sort_keys=True) if arguments.json else status.table(content, time.time_ns()))
     return 0 if content["counts"]["conserved"] else EXIT_FAILED
 
 

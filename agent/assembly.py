@@ -82,7 +82,7 @@ def load(file: Path) -> Setup:
         mistakes += _between(config, policy, file)
         if keys and not policy.config.serial:
             mistakes.append(ConfigError(policy_file, "serial", 0, "at least 1 in a policy that has to be signed"))
-    mistakes += _intake(config, file)
+    mistakes += [*_intake(config, file), *_status_topic(config, file)]
     if mistakes:
         raise InvalidConfigError(mistakes)
     return Setup(
@@ -123,6 +123,16 @@ def _intake(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
     for one, other in pairs:
         if topics.overlap(one, other):
             yield ConfigError(file, "intake", f"{one} and {other}", "filters of which no topic matches two")
+
+
+def _status_topic(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
+    """What the agent says of itself must not come back to it as a vehicle's message."""
+    topic = config.status.topic
+    taken = [*config.intake.telemetry, *config.intake.pictures, *(source.topic for source in config.position)]
+    if topic:
+        for topic_filter in taken:
+            if topics.matches(topic_filter, topic):
+                yield ConfigError(file, "status.topic", topic, f"a topic that {topic_filter} does not take in")
 
 
 def _between(config: AgentConfig, policy: Policy, file: Path) -> Iterator[ConfigError]:

@@ -13,12 +13,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent import __version__, status, systemd, wiring
+from agent import __version__, status, systemd, vitals, wiring
 from agent.assembly import Setup
+from agent.beacon import Beacon
 from agent.board import Board
 from agent.clock import is_set
 from agent.errors import AgentError, LedgerStalledError
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 1.0
 SWEEP_SECONDS = 5.0
+SIDE_THREADS = 2  # for what would block the loop for a moment: the status file, certificates
 REACH_NS = 10**9
 SECOND_SIGNAL_STATUS = 130
 
@@ -53,6 +56,9 @@ class Parts:
     intakes: dict[str, Intake]
     uplinks: dict[str, Uplink]
     resolver: Resolver
+    line: Line
+    watchdog: systemd.Watchdog
+    beacon: Beacon | None
     publish_status: Callable[[Mapping[str, Any]], None]
 
 
@@ -74,6 +80,7 @@ class _Reach:
 
 async def run(setup: Setup) -> int:
     """Run until a signal; the exit status. Raises AgentError where the agent cannot start."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(SIDE_THREADS, thread_name_prefix="side"))
     await asyncio.to_thread(Path(setup.config.paths.state).mkdir, parents=True, exist_ok=True)
     stop = _stop_on_signals()
     async with contextlib.AsyncExitStack() as stack:
@@ -136,6 +143,9 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
             for name in setup.policy.endpoints
         },
         resolver=Resolver(inward),
+        line=line,
+        watchdog=systemd.Watchdog(),
+        beacon=Beacon(told) if (told := wiring.beacon(setup)) else None,
         publish_status=_metrics(setup, stack),
     )
 
@@ -143,13 +153,13 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
 def _metrics(setup: Setup, stack: contextlib.AsyncExitStack) -> Callable[[Mapping[str, Any]], None]:
     """What takes the status; the exporter is imported only where it is asked for."""
     table = setup.config.metrics
-    if table.port == 0:
+    if table.port == 0 and not table.socket:
         return lambda _: None
     try:
         from agent.metrics import Exporter  # noqa: PLC0415 - an optional extra
     except ImportError as exc:
         raise AgentError("[metrics] needs: pip install 'residency-agent[metrics]'") from exc
-    return stack.enter_context(Exporter(table.host, table.port)).update
+    return stack.enter_context(Exporter(table.host, table.port, socket=table.socket)).update
 
 
 def _alive(setup: Setup, boot_id: str) -> dict[str, int]:
@@ -186,6 +196,8 @@ async def _run_until(stop: asyncio.Event, parts: Parts) -> None:
         outward.append(start("resolver", parts.resolver.run_loop()))
         outward.append(start("sweep", _sweep_loop(parts)))
         outward.append(start("status", _status_loop(parts)))
+        if parts.beacon is not None:
+            outward.append(start("beacon", parts.beacon.run_loop()))
         log.info("agent.ready", extra={"version": __version__, "policy": parts.setup.policy.version})
         systemd.notify("READY=1", f"STATUS=policy {parts.setup.policy.version}")
         await stop.wait()
@@ -219,47 +231,33 @@ async def _sweep_loop(parts: Parts) -> None:
 
 async def _status_loop(parts: Parts) -> None:
     """Write the status, and feed the watchdog: both only while the ledger's thread and the loop make progress."""
+    pause_s, lag_s = min(STATUS_SECONDS, systemd.watchdog_seconds() or STATUS_SECONDS), 0.0
     while True:
-        await _write_status(parts)
-        systemd.notify("WATCHDOG=1")
-        await asyncio.sleep(min(STATUS_SECONDS, systemd.watchdog_seconds() or STATUS_SECONDS))
+        await _write_status(parts, lag_s)
+        parts.watchdog.feed()
+        due = time.monotonic() + pause_s
+        await asyncio.sleep(pause_s)
+        lag_s = max(time.monotonic() - due, 0.0)
 
 
-async def _write_status(parts: Parts) -> None:
-    counts = await parts.committer.call(lambda ledger: ledger.counts())
+async def _write_status(parts: Parts, lag_s: float = 0.0) -> None:
+    ledger = await vitals.of_ledger(parts.committer)
     content = {
         "version": __version__,
         "pid": os.getpid(),
         "boot_id": parts.boot_id,
         "time_ns": time.time_ns(),
         "policy": parts.setup.policy.version,
-        "model": _model(parts.worker),
-        "fixes": {"accepted": parts.fixes.accepted, "malformed": parts.fixes.malformed},
-        "sessions": {
-            name: {"connected": intake.connected, "alive_ns": intake.alive_ns} for name, intake in parts.intakes.items()
-        },
-        "endpoints": {
-            name: {
-                "connected": uplink.connected,
-                "error": uplink.last_error,
-                "in_flight": uplink.in_flight,
-                "resent": uplink.resent,
-            }
-            for name, uplink in parts.uplinks.items()
-        },
-        "counts": status.as_dict(counts),
-        "stalled": parts.committer.stalled,
+        "model": vitals.of_worker(parts.worker),
+        "process": vitals.of_process() | {"lag_seconds": lag_s, "watchdog_fed": parts.watchdog.fed},
+        "fixes": vitals.of_fixes(parts.fixes),
+        "holds": dict(parts.line.holds),
+        "sessions": vitals.of_intakes(parts.intakes),
+        "endpoints": vitals.of_uplinks(parts.uplinks),
+        **ledger,
     }
     parts.publish_status(content)
+    if parts.beacon is not None:
+        parts.beacon.update(content)
     with contextlib.suppress(OSError):  # a full disk must not end the deliveries that may empty it
         await asyncio.to_thread(status.write, parts.setup.status_path, content)
-
-
-def _model(worker: RedactionWorker) -> dict[str, Any]:
-    return {
-        "ready": worker.ready,
-        "confined": worker.confined,
-        "digest": worker.digest,
-        "error": worker.error,
-        "restarts": max(worker.restarts, 0),
-    }

@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from agent.histogram import within
+from agent.messages import State
 from agent.store.entries import Counts
 from agent.store.ledger import Ledger
 
+MIB = 1 << 20
+SECOND = 10**9
 STATES = ("received", "delivered", "pending", "held", "refused", "expired", "evicted")
+ENDED_WITH_REASON = ("refused", "expired", "evicted")
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Replace the file at once, so that a reader never sees half of it."""
     temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, sort_keys=True, separators=(",", ":")) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -31,8 +36,8 @@ def read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def as_dict(counts: Counts) -> dict[str, Any]:
-    """Counters by name, with the conservation check and the breakdown."""
+def as_dict(counts: Counts, oldest: Mapping[State, int]) -> dict[str, Any]:
+    """Counters by name, with the conservation check, when the oldest records were made, and the breakdown."""
     totals = {state: getattr(counts, state) for state in STATES}
     details = {state: {key: dict(names) for key, names in rows.items()} for state, rows in counts.breakdown.items()}
     return {
@@ -41,6 +46,7 @@ def as_dict(counts: Counts) -> dict[str, Any]:
         "late": counts.late,
         "pending_bytes": counts.pending_bytes,
         "held_bytes": counts.held_bytes,
+        "oldest_ns": {str(state): time_ns for state, time_ns in oldest.items()},
         "breakdown": details,
     }
 
@@ -49,35 +55,68 @@ def gather(ledger_path: Path, status_path: Path) -> dict[str, Any]:
     """Everything that is known of a running or a stopped agent; raises LedgerError without a readable ledger."""
     content = read(status_path)
     content["running"] = _is_running(content.get("pid"))
-    content["counts"] = as_dict(Ledger.read_counts(ledger_path))
+    content["counts"] = as_dict(Ledger.read_counts(ledger_path), Ledger.read_oldest(ledger_path))
     return content
 
 
-def table(content: Mapping[str, Any]) -> str:
-    """The same for a person."""
+def table(content: Mapping[str, Any], now_ns: int) -> str:
+    """The same for a person, who sees at `now_ns` how old things are."""
     counts = content["counts"]
     lines = [
-        f"agent       {'running' if content['running'] else 'stopped'}, version {content.get('version', 'unknown')}",
+        f"agent       {_agent(content)}",
         f"policy      {content.get('policy', 'unknown')}",
         f"model       {_model(content.get('model', {}))}",
     ]
-    for name, endpoint in sorted(content.get("endpoints", {}).items()):
-        state = "connected" if endpoint["connected"] else f"down: {endpoint['error']}" if endpoint["error"] else "idle"
-        lines.append(f"endpoint    {name}: {state}, {endpoint['in_flight']} in flight")
-    for name, session in sorted(content.get("sessions", {}).items()):
-        lines.append(f"intake      {name}: {'connected' if session['connected'] else 'not connected'}")
-    lines += [f"{state:<11} {counts[state]}" for state in STATES]
+    if content.get("stalled"):
+        lines.append(f"disk        TAKES NO RECORDS: {content['stalled']}")
+    if content["running"]:
+        lines += _connections(content)
+    lines += [f"{state:<11} {counts[state]}{_queue(counts, state, now_ns)}" for state in STATES]
     holds = " + ".join(str(counts[state]) for state in STATES[1:])
     lines.append(f"{'conserved' if counts['conserved'] else 'NOT CONSERVED'}   {counts['received']} = {holds}")
-    for reason, count in sorted(counts["breakdown"].get("refused", {}).get("reason", {}).items()):
-        lines.append(f"  refused   {reason}: {count}")
+    for state in ENDED_WITH_REASON:
+        for reason, count in sorted(counts["breakdown"].get(state, {}).get("reason", {}).items()):
+            lines.append(f"  {state:<9} {reason}: {count}")
     return "\n".join(lines)
+
+
+def _connections(content: Mapping[str, Any]) -> Iterator[str]:
+    for name, endpoint in sorted(content["endpoints"].items()):
+        state = "connected" if endpoint["connected"] else f"down: {endpoint['error']}" if endpoint["error"] else "idle"
+        slow = _mostly(endpoint["delivered_seconds"], "delivered")
+        yield f"endpoint    {name}: {state}, {endpoint['in_flight']} in flight{slow}"
+    for name, session in sorted(content["sessions"].items()):
+        slow = _mostly(session["durable_seconds"], "durable")
+        yield f"intake      {name}: {'connected' if session['connected'] else 'not connected'}{slow}"
+
+
+def _agent(content: Mapping[str, Any]) -> str:
+    process = content.get("process", {})
+    memory = (process.get("resident_bytes", 0) + content.get("model", {}).get("resident_bytes", 0)) / MIB
+    state = f"running, {memory:.0f} MiB" if content["running"] else "stopped"
+    return f"{state}, version {content.get('version', 'unknown')}"
+
+
+def _queue(counts: Mapping[str, Any], state: str, now_ns: int) -> str:
+    """Bytes and age of what waits in a state; empty for states in which nothing waits."""
+    made_ns = counts["oldest_ns"].get(state)
+    if made_ns is None:
+        return ""
+    return f", {counts[f'{state}_bytes'] / MIB:.1f} MiB, the oldest for {max(now_ns - made_ns, 0) // SECOND} s"
+
+
+def _mostly(durations: Mapping[str, Any], what: str) -> str:
+    bound = within(durations, 0.95)
+    return f", 95 % {what} within {bound} s" if bound else ""
 
 
 def _model(model: Mapping[str, Any]) -> str:
     if not model:
         return "unknown"
-    return f"ready, {model['digest'][:12]}" if model["ready"] else f"not ready: {model['error']}"
+    if not model["ready"]:
+        return f"not ready: {model['error']}"
+    slow = _mostly(model.get("redaction_seconds", {}), "of the payloads redacted")
+    return f"{'unloaded' if model.get('unloaded') else 'ready'}, {model['digest'][:12]}{slow}"
 
 
 def _is_running(pid: object) -> bool:

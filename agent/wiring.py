@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from agent.assembly import Setup
+from agent.beacon import BeaconOptions
 from agent.errors import ConfigError, EnvelopeError, InvalidConfigError
 from agent.intake.intake import IntakeOptions
 from agent.mqtt.packets import Session
@@ -67,6 +69,7 @@ def worker_options(setup: Setup) -> WorkerOptions:
         threads=model.threads,
         timeout_s=model.timeout_s,
         memory_bytes=model.memory_bytes,
+        unload_after_s=model.unload_after_s,
         redaction=RedactionOptions(
             people=People(model.people),
             fill=Fill(model.fill),
@@ -140,9 +143,9 @@ def intakes(setup: Setup) -> list[IntakeOptions]:
     return found
 
 
-def _intake(setup: Setup, name: str, outgoing: tuple[str, ...], fixes: tuple[str, ...], window: int) -> IntakeOptions:
-    broker, limits = setup.config.broker, setup.config.limits
-    session = Session(
+def _in_car(setup: Setup, name: str) -> Session:
+    broker = setup.config.broker
+    return Session(
         host=broker.host,
         port=broker.port,
         client_id=f"{broker.client_id}-{name}",
@@ -150,6 +153,21 @@ def _intake(setup: Setup, name: str, outgoing: tuple[str, ...], fixes: tuple[str
         username=broker.username,
         password=_secret(setup, "broker.password_file", broker.password_file),
         keepalive_s=broker.keepalive_s,
+    )
+
+
+def beacon(setup: Setup) -> BeaconOptions | None:
+    """The status message on the in-car broker, where there is one."""
+    table = setup.config.status
+    if not table.topic:
+        return None
+    return BeaconOptions(session=_in_car(setup, "status"), topic=table.topic, interval_s=table.interval_s)
+
+
+def _intake(setup: Setup, name: str, outgoing: tuple[str, ...], fixes: tuple[str, ...], window: int) -> IntakeOptions:
+    broker, limits = setup.config.broker, setup.config.limits
+    session = replace(
+        _in_car(setup, name),
         clean_start=False,
         session_expiry_s=broker.session_expiry_s,
         receive_maximum=window,

@@ -11,7 +11,7 @@ AGENT = ROOT / "agent"
 
 LAYERS = [
     {"__init__"},
-    {"errors", "messages", "topics", "clock"},
+    {"errors", "messages", "topics", "clock", "histogram"},
     {"pictures"},
     {"payloads"},
     {"settings"},
@@ -24,7 +24,8 @@ LAYERS = [
     {"intake", "uplink"},
     {"trust"},
     {"systemd", "status", "metrics", "assembly"},
-    {"wiring"},
+    {"beacon"},
+    {"wiring", "vitals"},
     {"commands", "daemon", "doctor"},
     {"explain"},
     {"__main__"},
@@ -36,6 +37,7 @@ PURE = {
     "messages",
     "topics",
     "clock",
+    "histogram",
     "pictures",
     "payloads",
     "settings",

@@ -116,6 +116,16 @@ def test_every_message_is_in_exactly_one_state(ledger):
     assert counts.breakdown["held"]["region"] == {"cn,hk": 1}
 
 
+def test_oldest_record_of_each_state_is_known_to_writer_and_readers(path):
+    ledger = opened(path)
+    assert ledger.oldest() == {}
+    ledger.commit([store(2), store(5), store(3, priority=Priority.URGENT)])
+    assert ledger.oldest() == {State.PENDING: NOW + 2}
+    ledger.commit([store(1, route=()), delivered(2)])
+    assert ledger.oldest() == Ledger.read_oldest(path) == {State.PENDING: NOW + 3, State.HELD: NOW + 1}
+    ledger.close()
+
+
 def test_counters_survive_reopening_and_can_be_read_beside_the_writer(path):
     ledger = opened(path)
     ledger.commit([store(1), store(2), refused()])

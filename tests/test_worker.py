@@ -291,3 +291,28 @@ async def test_shipped_model_gives_the_same_bytes_for_any_number_of_threads(opti
             counts = done.counts
     assert len(outputs) == 1
     assert counts["person"] > 0
+
+
+async def test_process_is_ended_without_pictures_and_the_next_picture_starts_one_at_once(options, patience):
+    async with RedactionWorker(replace(options, unload_after_s=0.3)) as worker, asyncio.timeout(2 * patience):
+        await worker.redact(HARMLESS)
+        first = worker.pid
+        while not worker.unloaded:  # noqa: ASYNC110 - the worker says it by no event
+            await asyncio.sleep(0.02)
+        assert await asyncio.to_thread(ends, first, patience)
+        assert (worker.ready, worker.resident_bytes, worker.digest) == (False, 0, DIGEST)
+        assert (await worker.redact(HARMLESS)).counts == {"person": 1}
+        assert worker.pid != first
+        assert (worker.restarts, worker.error, worker.unloaded) == (0, "", False)
+        assert worker.resident_bytes > 10 << 20
+        assert worker.starts.as_dict()["buckets"]["+Inf"] == 2
+        assert worker.redactions.as_dict()["buckets"]["+Inf"] == 2
+
+
+async def test_process_that_has_pictures_to_redact_is_not_ended(options, patience):
+    given = replace(options, unload_after_s=0.2, factory="detectors:sleeping", timeout_s=1.0)
+    async with RedactionWorker(given) as worker, asyncio.timeout(2 * patience):
+        first = worker.pid
+        assert await refusal(worker, poisoned()) == "redaction.timeout", "not a crash: the slow picture had its time"
+        assert worker.pid != first
+        assert (worker.restarts, worker.unloaded) == (0, False)

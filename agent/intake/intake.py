@@ -23,6 +23,7 @@ from typing import Any
 from agent import topics
 from agent.board import Board
 from agent.errors import AgentError, LedgerEntryError, LedgerError, PositionError
+from agent.histogram import WORK_SECONDS, Histogram
 from agent.intake.line import Line
 from agent.intake.waiting import FOREVER_NS, Waiting
 from agent.messages import Message, State
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _Unacked = asyncio.Queue[tuple[Delivery, asyncio.Task[None]]]
 
+SECOND = 10**9
 MARKER_SECONDS = 0.25  # between two markers while messages come
 IDLE_SECONDS = 10.0  # between two markers while none come
 MARKER_PATIENCE_SECONDS = 30.0  # a marker that is not back by then is sent again, and the broker's access list doubted
@@ -99,11 +101,15 @@ class Inward:
 
 
 class Intake:
-    """One session with the in-car broker, for as long as the agent runs."""
+    """One session with the in-car broker, for as long as the agent runs.
+
+    `durable`: from the arrival of a message until its record, or its refusal, was durable.
+    """
 
     def __init__(self, options: IntakeOptions, inward: Inward, last_alive_ns: int | None) -> None:
         """`last_alive_ns`: when (boot time) an earlier process of this boot had last emptied this session."""
         self.connected = False
+        self.durable = Histogram(WORK_SECONDS)
         self._waiting = Waiting(last_alive_ns)
         self._options = options
         self._inward = inward
@@ -245,6 +251,7 @@ class Intake:
         except LedgerEntryError:
             entry = Refused(reason="internal.error", time_ns=time.time_ns(), intake=key)
             await self._inward.committer.submit(entry)
+        self.durable.observe((boot_ns() - message.monotonic_ns) / SECOND)
         if isinstance(entry, Store):
             self._inward.board.wake(entry.record.route)
             if entry.record.state is State.HELD:

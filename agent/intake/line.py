@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -58,11 +59,15 @@ class Numbering:
 
 
 class Line:
-    """Turns messages into ledger entries. Nothing that is raised on the way lets a message out."""
+    """Turns messages into ledger entries. Nothing that is raised on the way lets a message out.
+
+    `holds` counts by reason the records that began held.
+    """
 
     def __init__(self, pipeline: Pipeline, redactor: Redactor, numbering: Numbering) -> None:
         self.pipeline = pipeline
         self.numbering = numbering
+        self.holds: Counter[str] = Counter()
         self._redactor = redactor
         self._clock = WallClock()
 
@@ -92,6 +97,8 @@ class Line:
         )
         record = self.pipeline.record(plan, payload, redaction, stamp)
         reason = plan.decision.reason if isinstance(plan.decision, Hold) else ""
+        if reason:
+            self.holds[reason] += 1
         return Store(record=record, intake=key, redaction=redaction, reason=reason)
 
     def _refused(self, message: Message, reason: str, key: IntakeKey | None) -> Refused:

@@ -28,13 +28,14 @@ class Setup(Struct, frozen=True, kw_only=True):
 class Hello(Struct, frozen=True, kw_only=True):
     """Worker to agent, once: the SHA-256 of the open model, or the reason why no picture can be redacted.
 
-    `confined`: the kernel filters the worker's system calls.
+    `confined`: the kernel filters the worker's system calls. `resident_bytes`: of memory, here and in `Reply`.
     """
 
     digest: str = ""
     confined: bool = False
     error: str = ""
     detail: str = ""
+    resident_bytes: int = 0
 
 
 class Request(Struct, frozen=True, kw_only=True):
@@ -52,6 +53,7 @@ class Reply(Struct, frozen=True, kw_only=True):
     pictures: int = 0
     refused: str = ""
     detail: str = ""
+    resident_bytes: int = 0
 
 
 def encode(value: Struct) -> bytes:

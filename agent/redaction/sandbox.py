@@ -35,6 +35,7 @@ from agent.redaction.redaction import redact_payload
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38  # linux/prctl.h
 WARM_UP_SIDE = 64  # pixels
+PAGE_BYTES = resource.getpagesize()
 T = TypeVar("T")
 
 
@@ -56,6 +57,7 @@ def main() -> int:
     if setup is None:
         return 0
     _limit_memory(setup)
+    statm = os.open("/proc/self/statm", os.O_RDONLY)  # while files may be opened; seen from outside it may be hidden
     try:
         detector = _open(setup)
         _warm_up(setup, detector)
@@ -64,11 +66,17 @@ def main() -> int:
     except Exception as exc:  # noqa: BLE001 - whatever a model library raises, the parent hears of it and refuses
         _send(stdout, Hello(error=_start_error(exc), detail=str(exc) if isinstance(exc, AgentError) else ""))
         return 1
-    _send(stdout, Hello(digest=detector.digest, confined=confined))
+    _send(stdout, Hello(digest=detector.digest, confined=confined, resident_bytes=_resident(statm)))
     while (request := _read(stdin, Request)) is not None:
         _limit_time(setup)
-        _send(stdout, _answer(setup, detector, request))
+        reply = _answer(setup, detector, request)
+        _send(stdout, msgspec.structs.replace(reply, resident_bytes=_resident(statm)))
     return 0
+
+
+def _resident(statm: int) -> int:
+    """Bytes of memory that this process has now: proc(5), the second number of statm is in pages."""
+    return int(os.pread(statm, 128, 0).split()[1]) * PAGE_BYTES
 
 
 def _start_error(exc: Exception) -> str:

@@ -10,6 +10,7 @@ Invariants:
 - A payload comes back redacted, or RefusedError is raised; nothing else can happen to it.
 - This module and what it imports load neither Pillow nor onnxruntime.
 - Whatever happens to the process, the next payload gets a new one; restarts are spaced by a growing delay.
+- A process that was ended because no picture came is no failure: the next picture starts one at once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -28,6 +30,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from agent.errors import RefusedError
+from agent.histogram import WORK_SECONDS, Histogram
 from agent.payloads.inspection import InspectionLimits
 from agent.pictures.formats import RedactedPayload, RedactionOptions
 from agent.redaction.frames import HEADER_BYTES, Hello, Reply, Request, Setup, encode
@@ -48,7 +51,8 @@ PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 class WorkerOptions:
     """Which model, and what one payload may cost.
 
-    `factory` is `module:callable`, called with (manifest, threads=). `memory_bytes` limits the address space.
+    `factory` is `module:callable`, called with (manifest, threads=). `memory_bytes` limits the address space. After
+    `unload_after_s` without a picture the process is ended; 0: never.
     """
 
     manifest: Path
@@ -58,6 +62,7 @@ class WorkerOptions:
     timeout_s: float = 10.0
     start_timeout_s: float = 60.0
     memory_bytes: int = 1 << 30
+    unload_after_s: float = 0.0
     redaction: RedactionOptions = field(default_factory=RedactionOptions)
     limits: InspectionLimits = field(default_factory=InspectionLimits)
 
@@ -79,7 +84,9 @@ class RedactionWorker:
     """One worker process and its restarts. `async with` starts and ends it.
 
     `digest` is the open model's SHA-256; `error` and `detail` say why the last start failed, empty where it did not.
-    `confined` says whether the kernel filters the process's system calls.
+    `confined` says whether the kernel filters the process's system calls; `unloaded`, that it was ended for want of
+    pictures; `restarts`, how many were started after failures. `resident_bytes` is its memory when it last answered.
+    `redactions` and `starts` are the times that payloads and starts took.
     """
 
     def __init__(self, options: WorkerOptions) -> None:
@@ -87,10 +94,15 @@ class RedactionWorker:
         self.confined = False
         self.error = ""
         self.detail = ""
+        self.unloaded = False
+        self.restarts = 0
+        self.resident_bytes = 0
+        self.redactions, self.starts = Histogram(WORK_SECONDS), Histogram(WORK_SECONDS)
         self._options = options
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
-        self._starts = 0
+        self._unloading: asyncio.Task[None] | None = None
+        self._used = 0.0
         self._failures = 0
         self._not_before = 0.0
 
@@ -98,11 +110,6 @@ class RedactionWorker:
     def ready(self) -> bool:
         """Whether a process with a verified model waits for pictures."""
         return self._process is not None and self._process.returncode is None
-
-    @property
-    def restarts(self) -> int:
-        """How many processes there were after the first."""
-        return max(0, self._starts - 1)
 
     @property
     def pid(self) -> int | None:
@@ -119,13 +126,18 @@ class RedactionWorker:
             except BaseException:
                 await self._discard()
                 raise
+        if self._options.unload_after_s:
+            self._unloading = asyncio.create_task(self._unload_loop(), name="worker-unload")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the process."""
-        await self._discard()
+        if self._unloading is not None:
+            self._unloading.cancel()
+            await asyncio.wait([self._unloading])
+        await self._end()
 
     async def redact(self, payload: bytes, content_type: str | None = None) -> RedactedPayload:
         """Return the payload with every picture redacted, or raise RefusedError.
@@ -145,6 +157,7 @@ class RedactionWorker:
                 await self._discard()
                 raise
             self._failures = 0
+            self.resident_bytes = reply.resident_bytes
             if reply.refused:
                 raise RefusedError(reply.refused, reply.detail)
             counts = MappingProxyType(reply.counts)
@@ -158,10 +171,11 @@ class RedactionWorker:
         if wait > 0 and self.error == "redaction.model":
             raise RefusedError("redaction.model", self.detail)
         await asyncio.sleep(max(0.0, wait))
+        self.restarts += not self.unloaded
         await self._start()
 
     async def _start(self) -> None:
-        self._starts += 1
+        began, self.unloaded = time.monotonic(), False
         try:
             hello = await self._greet()
         except RefusedError as exc:
@@ -169,6 +183,8 @@ class RedactionWorker:
             log.warning("worker.start-failed", extra={"reason": exc.reason})
             raise
         self.digest, self.confined, self.error, self.detail = hello.digest, hello.confined, "", ""
+        self.resident_bytes, self._used = hello.resident_bytes, asyncio.get_running_loop().time()
+        self.starts.observe(time.monotonic() - began)
 
     async def _greet(self) -> Hello:
         self._process = await asyncio.create_subprocess_exec(
@@ -185,7 +201,11 @@ class RedactionWorker:
         return hello
 
     async def _ask(self, request: Request) -> Reply:
-        return await self._exchange(request, Reply, self._options.timeout_s)
+        began = time.monotonic()
+        reply = await self._exchange(request, Reply, self._options.timeout_s)
+        self.redactions.observe(time.monotonic() - began)
+        self._used = asyncio.get_running_loop().time()
+        return reply
 
     async def _exchange(self, value: msgspec.Struct, kind: type[T], timeout_s: float) -> T:
         """Send one frame and read one; RefusedError for a process that is late, gone or talks nonsense."""
@@ -216,20 +236,38 @@ class RedactionWorker:
             return "running"
         return signal.Signals(-status).name if status < 0 else f"exit {status}"
 
+    async def _unload_loop(self) -> None:
+        """End the process whenever no picture came for so long; cancelling is safe."""
+        patience_s = self._options.unload_after_s
+        while True:
+            left = self._used + patience_s - asyncio.get_running_loop().time()
+            if left > 0 or not self.ready or self._turn.locked():
+                await asyncio.sleep(left if left > 0 else patience_s)
+                continue
+            async with self._turn:
+                self.unloaded = True
+                await self._end()
+
     async def _discard(self) -> None:
-        """Kill the process and its group, and note the failure for the delay of the next start."""
-        process, self._process = self._process, None
-        if process is None:
+        """End the process, and note the failure for the delay of the next start."""
+        if not await self._end():
             return
+        self._failures += 1
+        now = asyncio.get_running_loop().time()
+        delay = MODEL_RETRY_S if self.error == "redaction.model" else _delay(self._failures)
+        self._not_before = now + delay
+
+    async def _end(self) -> bool:
+        """Kill the process and its group; whether there was one."""
+        process, self._process, self.resident_bytes = self._process, None, 0
+        if process is None:
+            return False
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with whatever it may have started that still holds its pipes
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(END_S):
                 await process.wait()
-        self._failures += 1
-        now = asyncio.get_running_loop().time()
-        delay = MODEL_RETRY_S if self.error == "redaction.model" else _delay(self._failures)
-        self._not_before = now + delay
+        return True
 
 
 def _delay(failures: int) -> float:

@@ -92,6 +92,9 @@ class Model(Table, frozen=True, kw_only=True):
     manifest: Annotated[str, Meta(description="Manifest of the detector; empty: the one shipped with the agent")] = ""
     threads: Annotated[int, Meta(ge=1, le=64, description="CPU threads of the detector")] = 1
     timeout_s: Annotated[Seconds, Meta(description="Longest time for one payload's pictures")] = 10.0
+    unload_after_s: Annotated[
+        float, Meta(ge=0, description="Without a picture for so long the process is ended, until the next; 0: never")
+    ] = 0.0
     memory_bytes: Annotated[int, Meta(ge=256 * MIB, description="Address space of the redaction process")] = 1024 * MIB
     people: Annotated[Literal["whole", "head"], Meta(description="What of a person is masked")] = "whole"
     fill: Annotated[
@@ -145,11 +148,22 @@ class Credential(Table, frozen=True, kw_only=True):
     key_file: Annotated[str, Meta(description="Its private key, PEM")] = ""
 
 
+class Status(Table, frozen=True, kw_only=True):
+    """[status]: how the agent is, for others in the vehicle: retained on the in-car broker, with a Last Will."""
+
+    topic: Annotated[
+        str, Meta(description="Topic of the status message; empty: none", pattern="^[^+#\0]*$", max_length=65_535)
+    ] = ""
+    interval_s: Annotated[float, Meta(ge=1, le=3_600, description="Between two status messages")] = 10.0
+
+
 class Metrics(Table, frozen=True, kw_only=True):
     """[metrics]: Prometheus; needs the extra `metrics`."""
 
+    socket: Annotated[str, Meta(description="Unix socket to serve on, for its owner and group; empty: none")] = ""
+
     host: Annotated[Text, Meta(description="Loopback address to serve on")] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65_535, description="0: no metrics; 9464 is the OpenTelemetry default")] = 0
+    port: Annotated[int, Meta(ge=0, le=65_535, description="0: not over TCP; 9464 is the OpenTelemetry default")] = 0
 
 
 class Paths(Table, frozen=True, kw_only=True):
@@ -172,6 +186,7 @@ class AgentConfig(Table, frozen=True, kw_only=True):
     signing: Signing = Signing()
     trust: Trust = Trust()
     credentials: dict[str, Credential] = {}
+    status: Status = Status()
     metrics: Metrics = Metrics()
     paths: Paths = Paths()
 
@@ -186,6 +201,7 @@ def load_agent(path: Path) -> AgentConfig:
         model=_absolute(folder, config.model, "manifest"),
         signing=_absolute(folder, config.signing, "key_file", "pseudonym_key_file"),
         trust=_absolute(folder, config.trust, "keys_file"),
+        metrics=_absolute(folder, config.metrics, "socket"),
         paths=_absolute(folder, config.paths, "policy", "state"),
         credentials={
             name: _absolute(folder, credential, "password_file", "cert_file", "key_file")

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from agent.errors import LedgerEntryError, LedgerStalledError
-from agent.messages import Priority, Record
+from agent.messages import Priority, Record, State
 from agent.store import retention, tally, upkeep
 from agent.store.blobs import Blobs
 from agent.store.books import Books, forget_empty_lanes, load, read_cells
@@ -44,7 +44,7 @@ from agent.store.entries import (
 )
 from agent.store.reserve import Reserve
 from agent.store.salvage import salvage
-from agent.store.spool import Spool, serves
+from agent.store.spool import Spool, oldest, serves
 from agent.store.storage import beside, connect, lock, read_only, translated
 from agent.store.transaction import Transaction
 
@@ -220,6 +220,11 @@ class Ledger:
         """Where all messages stand."""
         return tally.counts(self._books.cells.copy().items())
 
+    def oldest(self) -> dict[State, int]:
+        """When (Unix nanoseconds) the oldest pending and the oldest held record were made."""
+        with translated(self._path):
+            return oldest(self._connection)
+
     def sequences(self) -> dict[str, int]:
         """The last sequence number of each set of regions, joined by commas."""
         return tally.sequences(self._books.cells)
@@ -291,3 +296,9 @@ class Ledger:
         """The counters of a ledger, also while another process writes it."""
         with read_only(path) as connection:
             return tally.counts(read_cells(connection).items())
+
+    @staticmethod
+    def read_oldest(path: Path) -> dict[State, int]:
+        """`oldest` of a ledger, also while another process writes it."""
+        with read_only(path) as connection:
+            return oldest(connection)

@@ -36,6 +36,18 @@ _NO_LIMIT = (1 << 63) - 1
 Rows = Iterator[tuple[Any, ...]]
 
 
+_OLDEST = """SELECT route = '', min(first) FROM (
+        SELECT route,
+            (SELECT recorded_ns FROM record WHERE lane = lane.id AND priority = level ORDER BY key LIMIT 1) AS first
+        FROM lane, (SELECT 0 AS level UNION SELECT 1 UNION SELECT 2)) WHERE first IS NOT NULL GROUP BY 1"""
+
+
+def oldest(connection: sqlite3.Connection) -> dict[State, int]:
+    """When (Unix nanoseconds) the oldest pending and the oldest held record were made; no key where there is none."""
+    rows = connection.execute(_OLDEST).fetchall()
+    return {State.HELD if held else State.PENDING: first for held, first in rows if isinstance(first, int)}
+
+
 def serves(route: str, endpoint: str, down: Collection[str]) -> bool:
     """Whether a record with this route is for `endpoint` now: every endpoint before it is down."""
     for name in route.split("\n"):

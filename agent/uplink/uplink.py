@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 
 from agent.board import Board
 from agent.errors import AgentError, EndpointError, EnvelopeError, LedgerError, LedgerStalledError
+from agent.histogram import WAIT_SECONDS, Histogram
 from agent.messages import Record
 from agent.mqtt.backoff import delays
 from agent.mqtt.connection import Connection
@@ -42,6 +43,7 @@ from agent.uplink.supply import Supply
 
 log = logging.getLogger(__name__)
 
+SECOND = 10**9
 POLL_SECONDS = 1.0  # the longest that a stored record waits for a missed wake-up
 STABLE_SECONDS = 30.0
 UNSENT_BYTES = 64 << 10  # published but not yet taken by the socket; likewise
@@ -68,7 +70,10 @@ class UplinkOptions:
 
 
 class Uplink:
-    """One endpoint's publisher, for as long as the agent runs."""
+    """One endpoint's publisher, for as long as the agent runs.
+
+    `delivered`: from a record's making, just before its commit, until the endpoint's PUBACK; by the wall clock.
+    """
 
     def __init__(
         self,
@@ -82,6 +87,7 @@ class Uplink:
         self.last_error = ""
         self.published = 0
         self.resent = 0
+        self.delivered = Histogram(WAIT_SECONDS)
         self._options = options
         self._policy = policy
         self._registration = registration
@@ -273,6 +279,7 @@ class Uplink:
         entry: Entry | None = None
         if puback.accepted:
             self.published += 1
+            self.delivered.observe((now_ns - record.recorded_ns) / SECOND)
             entry = Delivered(id=record.id, endpoint=name, code=puback.code, time_ns=now_ns)
         elif puback.code not in RETRY_LATER:
             entry = Rejected(id=record.id, endpoint=name, code=puback.code, time_ns=now_ns)

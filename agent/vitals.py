@@ -1,0 +1,75 @@
+"""What a running agent says of its parts, as plain values for the status file, the metrics and the status message."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from agent import status
+from agent.intake.intake import Fixes, Intake
+from agent.redaction.worker import RedactionWorker
+from agent.store.committer import Committer
+from agent.uplink.uplink import Uplink
+
+PAGE_BYTES = resource.getpagesize()
+
+
+def of_worker(worker: RedactionWorker) -> dict[str, Any]:
+    """The redaction process; `ready` also while it is unloaded, for the next picture starts it."""
+    return {
+        "ready": worker.ready or worker.unloaded,
+        "unloaded": worker.unloaded,
+        "confined": worker.confined,
+        "digest": worker.digest,
+        "error": worker.error,
+        "restarts": worker.restarts,
+        "resident_bytes": worker.resident_bytes,
+        "redaction_seconds": worker.redactions.as_dict(),
+        "start_seconds": worker.starts.as_dict(),
+    }
+
+
+def of_intakes(intakes: Mapping[str, Intake]) -> dict[str, Any]:
+    """The sessions with the in-car broker."""
+    return {
+        name: {
+            "connected": intake.connected,
+            "alive_ns": intake.alive_ns,
+            "durable_seconds": intake.durable.as_dict(),
+        }
+        for name, intake in intakes.items()
+    }
+
+
+def of_fixes(fixes: Fixes) -> dict[str, int]:
+    """Position messages by what became of them; the stale ones are among the accepted."""
+    return {"accepted": fixes.accepted, "malformed": fixes.malformed, "stale": fixes.stale}
+
+
+def of_uplinks(uplinks: Mapping[str, Uplink]) -> dict[str, Any]:
+    """The endpoints."""
+    return {
+        name: {
+            "connected": uplink.connected,
+            "error": uplink.last_error,
+            "in_flight": uplink.in_flight,
+            "resent": uplink.resent,
+            "delivered_seconds": uplink.delivered.as_dict(),
+        }
+        for name, uplink in uplinks.items()
+    }
+
+
+async def of_ledger(committer: Committer) -> dict[str, Any]:
+    """Counters and queue; returns only when the ledger's thread does. Raises LedgerError."""
+    counts, oldest = await committer.call(lambda ledger: (ledger.counts(), ledger.oldest()))
+    return {"counts": status.as_dict(counts, oldest), "stalled": committer.stalled}
+
+
+def of_process() -> dict[str, int]:
+    """This process, without the redaction process."""
+    resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
+    return {"resident_bytes": resident, "threads": len(os.listdir("/proc/self/task"))}  # noqa: PTH208 - no Path is needed
