@@ -202,17 +202,40 @@ class Pipeline:
         )
 
     def narrowed(self, record: Record) -> Whereabouts | None:
-        """The candidates of a held record as far as is known now, where they are fewer; None where nothing changed."""
+        """The candidates of a held record as far as is known now, where they are fewer; None where nothing changed.
+
+        They must all be among those that it carries: a region that it does not name may be one that an earlier policy
+        called otherwise, and then what the names have in common says nothing.
+        """
         if record.basis is not Basis.GNSS:
             return None
-        regions = tuple(sorted(set(record.regions).intersection(self._regions(record.capture))))
-        if not regions or regions == record.regions:
+        regions = self._regions(record.capture)
+        if regions == record.regions or not set(regions) <= set(record.regions):
             return None
         return Whereabouts(regions=regions, basis=record.basis)
 
     def verdict(self, record: Record, whereabouts: Whereabouts) -> Decision:
         """What the policy says of a stored record with these candidates."""
-        return self._decide(record.data_class, whereabouts)
+        return self.policy.again(record, whereabouts, self.identity.registration)
+
+    def rerouted(self, record: Record, route: tuple[str, ...]) -> Record:
+        """A stored record under this policy's decision (no route: held), the record itself where nothing changes.
+
+        It ends no later than before. What it carries stays; the tag names the policy that gave it its route.
+        """
+        data_class = self.policy.data_class(record.data_class)
+        lifetime_s = data_class.ttl_s if route else min(data_class.hold_s, data_class.ttl_s)
+        changed = replace(
+            record,
+            state=State.PENDING if route else State.HELD,
+            route=route,
+            priority=PRIORITIES[data_class.priority],
+            expires_ns=min(record.expires_ns, record.recorded_ns + round(lifetime_s * SECOND)),
+        )
+        if changed == record:
+            return record
+        envelope = repack(record.envelope, self.signer, policyversion=self.policy.version)
+        return replace(changed, envelope=envelope)
 
     def release(self, record: Record, whereabouts: Whereabouts, route: tuple[str, ...], sequence: int) -> Record:
         """A held record with its narrowed candidates and its route: tagged, numbered and signed anew."""

@@ -4,6 +4,7 @@ Invariants, upheld here and tried by tests/test_policy.py:
 - Residency: an endpoint is permitted only if EVERY candidate region permits it for the data class. A region, class or
   endpoint that the table does not name is not permitted.
 - A topic that no rule names is refused. The first rule that matches decides.
+- A stored record is decided again as if it came now, but for the regions and the class that it carries.
 - Doubt holds, certainty refuses: where no endpoint is permitted, a record waits only if a narrower set of candidates
   would permit one.
 - `Cleared` is the only thing that a publisher accepts, and only `Policy.clear` makes one.
@@ -115,15 +116,45 @@ class Policy:
             return Hold(reason="region.doubt")
         return Refuse(reason="region.not-permitted")
 
+    def again(self, record: Record, whereabouts: Whereabouts, registration: str = "") -> Decision:
+        """Decide about a stored record, perhaps one of an earlier policy; `whereabouts`: its regions, or fewer.
+
+        It keeps the class that it carries. Where the rule of its topic now gives another one, both must permit.
+        """
+        rule = self.rule_for(record.topic)
+        if rule is None or rule.action == "refuse":
+            return Refuse(reason="policy.no-rule" if rule is None else "policy.refused")
+        decisions = [self.decide(name, whereabouts, registration) for name in {record.data_class, rule.data_class}]
+        for kind in (Refuse, Hold):
+            found = next((decision for decision in decisions if isinstance(decision, kind)), None)
+            if found is not None:
+                return found
+        routes = [decision.endpoints for decision in decisions if isinstance(decision, Publish)]
+        agreed = tuple(name for name in routes[0] if all(name in route for route in routes))
+        return Publish(endpoints=agreed) if agreed else Refuse(reason="region.not-permitted")
+
     def clear(self, record: Record, endpoint: str, registration: str = "") -> Cleared | None:
         """Check a record again at the last line before it is published: Cleared, or None if it must not go."""
-        if record.data_class not in self.config.classes:
-            return None
         whereabouts = Whereabouts(regions=record.regions, basis=record.basis)
-        regions = self.bound(record.data_class, whereabouts, registration)
-        if not regions or endpoint not in self.permitted(regions, record.data_class):
+        decision = self.again(record, whereabouts, registration)
+        if not isinstance(decision, Publish) or endpoint not in decision.endpoints:
             return None
         return Cleared(record=record, endpoint=endpoint, seal=_SEAL)
+
+    def shrunk(self, meanings: Mapping[str, Iterable[str]]) -> frozenset[str]:
+        """The regions that have lost a country, given the countries that each name stood for before.
+
+        A record that carries such a name may have been captured in the lost country, where another region's law holds.
+        """
+        now = {name: set(region.countries) for name, region in self.config.regions.items()}
+        return frozenset(
+            name for name, countries in meanings.items() if name in now and not set(countries) <= now[name]
+        )
+
+    @property
+    def meanings(self) -> dict[str, list[str]]:
+        """The countries that the name of each region stands for."""
+        return {name: sorted(region.countries) for name, region in self.config.regions.items()}
 
     def reachable(self, regions: Iterable[str], endpoint: str) -> bool:
         """Whether an endpoint may be connected to while the vehicle may be in these regions."""

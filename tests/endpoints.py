@@ -14,7 +14,7 @@ from agent.board import Board
 from agent.messages import Basis, Capture, Priority, Record, State
 from agent.mqtt.packets import Session
 from agent.policy import Policy
-from agent.settings.policy_config import DataClass, Endpoint, PolicyConfig, Region
+from agent.settings.policy_config import DataClass, Endpoint, PolicyConfig, Region, Rule
 from agent.store.committer import CommitOptions, Committer
 from agent.store.entries import LedgerLimits, Store
 from agent.store.ledger import Ledger
@@ -33,7 +33,7 @@ def policy_of(*endpoints):
             endpoints={name: Endpoint(host="127.0.0.1", tls=False) for name in endpoints},
             classes={"telemetry": DataClass()},
             permit={"cn": {"telemetry": list(endpoints)}},
-            rules=[],
+            rules=[Rule(topic="#", action="forward", data_class="telemetry")],
         )
     )
 

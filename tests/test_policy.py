@@ -18,7 +18,10 @@ REGIONS = {"cn": ["CN"], "hk": ["HK"], "eea": ["DE", "FR"]}
 ENDPOINTS = ["a", "b", "c"]
 
 
-def policy_of(permit, *, rules=(), classes=None, endpoints=None, regions=None):
+EVERYTHING = Rule(topic="#", action="forward", data_class="data")
+
+
+def policy_of(permit, *, rules=(EVERYTHING,), classes=None, endpoints=None, regions=None):
     return Policy(
         PolicyConfig(
             version="test",
@@ -31,7 +34,7 @@ def policy_of(permit, *, rules=(), classes=None, endpoints=None, regions=None):
     )
 
 
-def record(regions, data_class="data"):
+def record(regions, data_class="data", topic="t"):
     return Record(
         id="1",
         state=State.PENDING,
@@ -39,7 +42,7 @@ def record(regions, data_class="data"):
         regions=tuple(regions),
         basis=Basis.GNSS,
         data_class=data_class,
-        topic="t",
+        topic=topic,
         priority=Priority.LIVE,
         capture=Capture(time_ns=0, monotonic_ns=0),
         recorded_ns=0,
@@ -198,12 +201,13 @@ def test_example_policy_permits_exactly_what_its_own_table_says():
     policy = Policy(load_policy(EXAMPLE), EXAMPLE)
     raw = tomllib.loads(EXAMPLE.read_text())
     regions = [*raw["regions"], UNLISTED]
+    topics = {"picture": "vehicle/camera/front", "telemetry": "vehicle/telemetry/speed", "location": "vehicle/gnss"}
     compared = 0
     for region in regions:
         for data_class in raw["classes"]:
             for endpoint in raw["endpoints"]:
                 written = endpoint in raw["permit"].get(region, {}).get(data_class, [])
-                cleared = policy.clear(record([region], data_class), endpoint) is not None
+                cleared = policy.clear(record([region], data_class, topics[data_class]), endpoint) is not None
                 assert cleared == written, (region, data_class, endpoint)
                 compared += 1
     assert compared == len(regions) * len(raw["classes"]) * len(raw["endpoints"])

@@ -1,24 +1,30 @@
-"""Deciding again about held records when later fixes have narrowed the doubt."""
+"""Deciding again: about held records when later fixes have narrowed the doubt, about all records under a new policy.
+
+A record keeps the regions and the class that it carries; it may lose regions by later fixes, and it never gains any.
+What an uplink has claimed is left to that uplink, which asks here when the policy no longer lets the record go.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Collection, Sequence
 
-from agent.errors import LedgerStalledError
+from agent.errors import EnvelopeError, LedgerStalledError
 from agent.intake.intake import Inward
-from agent.messages import Hold, Publish
-from agent.store.entries import Entry, Released, Spooled, Withdrawn
+from agent.messages import Hold, Publish, Record, Refuse, State, Whereabouts
+from agent.store.entries import Entry, Redecided, Released, Spooled, Withdrawn
 
 log = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 1.0  # between passes: a fix a second is the usual rate of a receiver
-PAGE = 64  # held records read at a time
+PAGE = 64  # records read at a time
+REASON = "policy.changed"
 
 
 class Resolver:
-    """Goes through the held records after new fixes."""
+    """Goes through the held records after new fixes, and through all records when it is asked to."""
 
     def __init__(self, inward: Inward) -> None:
         self._inward = inward
@@ -36,27 +42,66 @@ class Resolver:
 
     async def _pass(self) -> None:
         after = 0
-        while rows := await self._page(after):
+        while rows := await self._inward.committer.call(lambda ledger: ledger.held(limit=PAGE, after=after)):  # noqa: B023 - awaited at once
             after = rows[-1].key
-            for row in rows:
-                entry = self._entry(row)
-                if entry is not None:
-                    await self._inward.committer.submit(entry)
-                    self._inward.board.wake(entry.record.route if isinstance(entry, Released) else ())
+            await self._change(rows, self._narrowed)
 
-    async def _page(self, after: int) -> list[Spooled]:
-        return await self._inward.committer.call(lambda ledger: ledger.held(limit=PAGE, after=after))
+    async def review(self) -> int:
+        """Decide again about every record that is in the car now; how many changed. Safe to cancel and repeat."""
+        return await self._all(self.again)
 
-    def _entry(self, row: Spooled) -> Entry | None:
-        """What becomes of a held record now; None: it waits on."""
-        pipeline, record, now_ns = self._inward.line.pipeline, row.record, time.time_ns()
-        whereabouts = pipeline.narrowed(record)
-        if whereabouts is None:
-            return None
+    async def give_up(self, regions: Collection[str]) -> int:
+        """Refuse every record that carries one of these regions, whose names mean something else now; how many."""
+
+        def entry(record: Record) -> Entry | None:
+            if set(regions).isdisjoint(record.regions):
+                return None
+            return Withdrawn(id=record.id, reason="region.redefined", time_ns=time.time_ns())
+
+        return await self._all(entry)
+
+    async def _all(self, decide: Callable[[Record], Entry | None]) -> int:
+        """Page by page, up to the record that is the last one now: what comes later is decided as it comes."""
+        after, last, changed = 0, self._inward.committer.ledger.last_key, 0
+        while after < last:
+            rows = await self._inward.committer.call(lambda ledger: ledger.spooled(limit=PAGE, after=after))  # noqa: B023 - as above
+            after = rows[-1].key if rows else last
+            changed += await self._change(rows, decide)
+        return changed
+
+    async def _change(self, rows: Sequence[Spooled], decide: Callable[[Record], Entry | None]) -> int:
+        """Write down what becomes of these records, together; how many changed."""
+        board = self._inward.board
+        found = [(row.record, decide(row.record)) for row in rows if row.record.id not in board.claimed]
+        changes = [(record, entry) for record, entry in found if entry is not None]
+        claimed = {record.id for record, _ in changes}
+        board.claimed.update(claimed)  # no uplink begins with a record whose decision is under way
+        try:
+            await asyncio.gather(*(self._inward.committer.submit(entry) for _, entry in changes))
+        finally:
+            board.claimed.difference_update(claimed)
+        for _, entry in changes:
+            board.wake(entry.record.route if isinstance(entry, Released | Redecided) else ())
+        return len(changes)
+
+    def _narrowed(self, record: Record) -> Entry | None:
+        """What becomes of a held record if later fixes have narrowed its doubt."""
+        return self.again(record) if self._inward.line.pipeline.narrowed(record) is not None else None
+
+    def again(self, record: Record) -> Entry | None:
+        """What becomes of a stored record by all that is known and in force now; None: it stays as it is."""
+        now_ns, pipeline = time.time_ns(), self._inward.line.pipeline
+        own = Whereabouts(regions=record.regions, basis=record.basis)
+        whereabouts = (pipeline.narrowed(record) if record.state is State.HELD else None) or own
         decision = pipeline.verdict(record, whereabouts)
-        if isinstance(decision, Hold):
-            return None
-        if not isinstance(decision, Publish):
+        if isinstance(decision, Refuse):
             return Withdrawn(id=record.id, reason=decision.reason, time_ns=now_ns)
-        sequence = self._inward.line.numbering.next(whereabouts.regions)
-        return Released(record=pipeline.release(record, whereabouts, decision.endpoints, sequence), time_ns=now_ns)
+        try:
+            if isinstance(decision, Publish) and record.state is State.HELD:
+                sequence = self._inward.line.numbering.next(whereabouts.regions)
+                released = pipeline.release(record, whereabouts, decision.endpoints, sequence)
+                return Released(record=released, time_ns=now_ns)
+            changed = pipeline.rerouted(record, () if isinstance(decision, Hold) else decision.endpoints)
+        except EnvelopeError:
+            return Withdrawn(id=record.id, reason="envelope.unusable", time_ns=now_ns)
+        return None if changed is record else Redecided(record=changed, reason=REASON, time_ns=now_ns)
