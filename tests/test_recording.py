@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from mcap.reader import make_reader
 from mcap_protobuf.decoder import DecoderFactory
 
-from tools.recording import PROVENANCE, Properties, Recorded, RecordingError, RecordingWriter, contents, messages
+from tools.mcap_records import RecordingError
+from tools.recording import PROVENANCE, Properties, Recorded, RecordingWriter, contents, messages
 
 JPEG = b"\xff\xd8\xff\xe0 any bytes after the magic \xff\xd9"
 MAGIC_BYTES = 8

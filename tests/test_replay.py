@@ -198,6 +198,16 @@ async def test_broker_receives_payloads_and_properties_exactly_and_the_timing_is
     assert 0 <= outcome["late_p50_ms"] <= outcome["late_p99_ms"] <= outcome["late_max_ms"]
 
 
+@needs_mosquitto
+async def test_no_more_is_in_flight_than_the_broker_takes(tmp_path):
+    path = write(tmp_path / "r.mcap", [at(0, qos=2) for _ in range(200)])
+    async with mosquitto(config_lines=["max_inflight_messages 3"]) as broker:
+        done = replay(path, broker.port, "--fast")
+        log = broker.log_path.read_text()
+    assert json.loads(done.stdout)["acknowledged"] == 200
+    assert "eceive maximum" not in log
+
+
 async def test_replay_reaches_an_mqtt_3_1_1_broker(tmp_path):
     path = write(tmp_path / "r.mcap", [at(0, properties=Properties(content_type="text/plain"))])
     async with amqtt() as broker:

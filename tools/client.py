@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
@@ -25,6 +25,8 @@ from tools.recording import NO_PROPERTIES, Properties
 CONNECT_SECONDS = 10.0
 KEEPALIVE_SECONDS = 30
 SESSION_SECONDS = 0xFFFFFFFF  # MQTT 5.0, 3.1.2.11.2: the session does not expire
+READ_BYTES = 1 << 16
+NO_LIMIT = 65_535  # MQTT 5.0, 3.2.2.3.3: the Receive Maximum of a broker that states none
 REMEMBERED = 1024  # sets of properties
 PROTOCOLS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
 
@@ -68,14 +70,48 @@ def address_of(arguments: argparse.Namespace) -> Address:
     )
 
 
-def new_client(address: Address, client_id: str, *, keep_session: bool = False) -> paho.Client:
+class _Buffered:
+    """A socket that is read in large pieces: paho reads a PUBACK in three calls, each of which hands the GIL over."""
+
+    def __init__(self, sock: Any) -> None:  # noqa: ANN401 - plain, TLS or websocket
+        self._sock = sock
+        self._data = b""
+        self._place = 0
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever else a socket can
+        return getattr(self._sock, name)
+
+    def recv(self, size: int) -> bytes:
+        """At most so many bytes, as a socket gives them."""
+        if self._place == len(self._data):
+            self._data, self._place = self._sock.recv(READ_BYTES), 0
+        found = self._data[self._place : self._place + size]
+        self._place += len(found)
+        return found
+
+    def pending(self) -> int:
+        """What paho asks before it waits for the socket."""
+        return len(self._data) - self._place + getattr(self._sock, "pending", int)()
+
+
+class Client(paho.Client):
+    """paho's client; whoever publishes keeps to `receive_maximum` publishes without PUBACK: the broker stated it."""
+
+    receive_maximum = NO_LIMIT
+
+    def _create_socket(self) -> Any:  # noqa: ANN401 - paho's own type is private
+        return _Buffered(super()._create_socket())
+
+
+def new_client(address: Address, client_id: str, *, keep_session: bool = False) -> Client:
     """Build an unconnected client for the address."""
-    client = paho.Client(
+    client = Client(
         CallbackAPIVersion.VERSION2,
         client_id=client_id,
         protocol=PROTOCOLS[address.protocol],
         clean_session=None if address.protocol == "5" else not keep_session,
     )
+    client.max_inflight_messages_set(0)
     if address.username:
         client.username_pw_set(address.username, address.password)
     if address.tls:
@@ -85,12 +121,12 @@ def new_client(address: Address, client_id: str, *, keep_session: bool = False) 
 
 @contextmanager
 def connected(
-    client: paho.Client,
+    client: Client,
     address: Address,
     *,
     keep_session: bool = False,
     on_connected: Callable[[paho.Client], object] | None = None,
-) -> Iterator[paho.Client]:
+) -> Iterator[Client]:
     """Connect, run the client's network thread, and disconnect at the end; raises EndpointError.
 
     `on_connected` is called on the network thread after every successful CONNACK, also after a reconnect.
@@ -98,7 +134,8 @@ def connected(
     outcome: list[ReasonCode] = []
     decided = threading.Event()
 
-    def on_connect(own: paho.Client, _data: object, _flags: object, reason: ReasonCode, _properties: object) -> None:
+    def on_connect(own: paho.Client, _data: object, _flags: object, reason: ReasonCode, properties: object) -> None:
+        client.receive_maximum = getattr(properties, "ReceiveMaximum", NO_LIMIT)
         if on_connected is not None and not reason.is_failure:
             on_connected(own)
         outcome.append(reason)

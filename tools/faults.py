@@ -73,11 +73,14 @@ class Channel:
     def __init__(self, faults: Faults, random: Random) -> None:
         self._faults = faults
         self._random = random
+        self._clean = replace(faults, gnss_topics=NO_FAULTS.gnss_topics) == NO_FAULTS
         self._free_at_s = 0.0
 
     def arrivals(self, topic: str, size: int, offset_s: float, at_s: float) -> tuple[float, ...]:
         """When a message sent at `at_s` arrives: never, once or twice. `offset_s` is its place in the recording."""
         faults = self._faults
+        if self._clean:
+            return (at_s,)
         dropped, doubled, reordered, delayed = (self._random.random() for _ in range(4))
         lost_fix = any(window.holds(offset_s) for window in faults.gnss_loss)
         if dropped < faults.drop or (lost_fix and any(matches(wanted, topic) for wanted in faults.gnss_topics)):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+REDRAW_SECONDS = 0.1
 Advance = Callable[[float, str], None]
 
 
@@ -20,7 +22,13 @@ def progress(title: str, total: float | None, *, quiet: bool = False) -> Iterato
     with shown:
         task = shown.add_task(title, total=total, note="")
 
+        drawn_s = 0.0
+
         def advance(done: float, note: str) -> None:
-            shown.update(task, completed=done, note=note)
+            nonlocal drawn_s
+            now_s = time.monotonic()
+            if not shown.disable and now_s - drawn_s >= REDRAW_SECONDS:
+                drawn_s = now_s
+                shown.update(task, completed=done, note=note)
 
         yield advance

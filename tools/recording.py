@@ -17,13 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import zstandard
-from mcap.exceptions import EndOfFile, McapError
-from mcap.records import Attachment, Channel, Footer, McapRecord, Message, Metadata
-from mcap.stream_reader import StreamReader
+import msgspec
+from mcap.records import Attachment, Channel, Footer, Message, Metadata
 from mcap.writer import CompressionType, Writer
 
-from agent.errors import AgentError
+from tools.mcap_records import records
 from tools.schemas import ChannelSchema, Form, fix_of, fix_schema, form_of, schema_of, unwrap, wrap
 
 META_TOPIC = "/mqtt/meta"
@@ -31,7 +29,6 @@ FIX_PREFIX = "/fix/"
 PROVENANCE = "provenance"
 PROFILE = "residency-mqtt"
 CHUNK_BYTES = 1 << 20
-RECORD_LIMIT = 1 << 30  # bytes; a longer MCAP record is damage
 META_SCHEMA = {
     "type": "object",
     "properties": {
@@ -47,10 +44,6 @@ META_SCHEMA = {
         "user": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}},
     },
 }
-
-
-class RecordingError(AgentError, ValueError):
-    """A file that is not a recording, or one that is damaged before its first message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,18 +182,23 @@ class RecordingWriter:
 
 def messages(path: Path) -> Iterator[Recorded]:
     """Read the messages in the order of the file, which is that of receipt; a cut file ends early without an error."""
-    channels: dict[int, Channel] = {}
+    channels: dict[int, _Known] = {}
     meta: dict[tuple[int, int], dict[str, Any]] = {}
-    for record in _records(path):
-        if isinstance(record, Channel):
-            channels[record.id] = record
-        elif isinstance(record, Message):
-            channel = channels[record.channel_id]
-            if channel.topic == META_TOPIC:
-                values = json.loads(record.data)
+    for record in records(path):
+        if isinstance(record, Message):
+            known = channels[record.channel_id]
+            if known.meta:
+                values = msgspec.json.decode(record.data, type=dict[str, Any])
                 meta[values["channel"], values["sequence"]] = values
-            elif "derived" not in channel.metadata:
-                yield _recorded(channel, record, meta.pop((record.channel_id, record.sequence), {}))
+            elif not known.derived:
+                yield _recorded(known, record, meta.pop((record.channel_id, record.sequence), {}))
+        elif isinstance(record, Channel):
+            channels[record.id] = _Known(
+                topic=record.topic,
+                form=_form(record),
+                meta=record.topic == META_TOPIC,
+                derived="derived" in record.metadata,
+            )
 
 
 def contents(path: Path) -> Contents:
@@ -208,7 +206,7 @@ def contents(path: Path) -> Contents:
     metadata: dict[str, Mapping[str, str]] = {}
     attachments: dict[str, bytes] = {}
     complete = False
-    for record in _records(path, emit_chunks=True):
+    for record in records(path, open_chunks=False):
         if isinstance(record, Metadata):
             metadata[record.name] = record.metadata
         elif isinstance(record, Attachment):
@@ -217,55 +215,37 @@ def contents(path: Path) -> Contents:
     return Contents(metadata=metadata, attachments=attachments, complete=complete)
 
 
-class _Whole:
-    """A stream whose short reads are the end of the file: half a record is none."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """A channel that the reader has met."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-
-    def read(self, length: int) -> bytes:
-        data = self._stream.read(length)
-        if len(data) < length:
-            raise EndOfFile
-        return data
+    topic: str
+    form: Form
+    meta: bool
+    derived: bool
 
 
-def _records(path: Path, *, emit_chunks: bool = False) -> Iterator[McapRecord]:
-    with path.open("rb") as stream:
-        reader = StreamReader(
-            _Whole(stream),  # type: ignore[arg-type]  # it reads, which is all that the reader asks for
-            emit_chunks=emit_chunks,
-            record_size_limit=RECORD_LIMIT,
-        )
-        began = False
-        try:
-            for record in reader.records:
-                began = True
-                yield record
-        except (McapError, zstandard.ZstdError, ValueError) as exc:
-            if not began or not isinstance(exc, EndOfFile):
-                message = f"{path}: not a readable recording: {exc or 'it ends before its first record'}"
-                raise RecordingError(message) from exc
-
-
-def _recorded(channel: Channel, record: Message, meta: Mapping[str, Any]) -> Recorded:
-    form = _form(channel)
-    correlation = meta.get("correlation")
+def _recorded(channel: _Known, record: Message, meta: Mapping[str, Any]) -> Recorded:
     return Recorded(
         topic=channel.topic,
-        payload=unwrap(form, record.data),
+        payload=unwrap(channel.form, record.data),
         capture_ns=record.publish_time,
         receipt_ns=record.log_time,
         qos=meta.get("qos", 1),
         retain=meta.get("retain", False),
-        properties=Properties(
-            payload_format=meta.get("payload_format"),
-            expiry_s=meta.get("expiry_s"),
-            content_type=meta.get("content_type"),
-            response_topic=meta.get("response_topic"),
-            correlation=None if correlation is None else base64.b64decode(correlation),
-            user=tuple((key, value) for key, value in meta.get("user", ())),
-        ),
+        properties=_properties(meta) if meta else NO_PROPERTIES,
+    )
+
+
+def _properties(meta: Mapping[str, Any]) -> Properties:
+    correlation = meta.get("correlation")
+    return Properties(
+        payload_format=meta.get("payload_format"),
+        expiry_s=meta.get("expiry_s"),
+        content_type=meta.get("content_type"),
+        response_topic=meta.get("response_topic"),
+        correlation=None if correlation is None else base64.b64decode(correlation),
+        user=tuple((key, value) for key, value in meta.get("user", ())),
     )
 
 

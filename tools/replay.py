@@ -19,7 +19,7 @@ import numpy as np
 import paho.mqtt.client as paho
 
 from agent.errors import AgentError
-from tools.client import Address, add_address_arguments, address_of, connected, new_client, to_paho
+from tools.client import Address, Client, add_address_arguments, address_of, connected, new_client, to_paho
 from tools.faults import FAULT_USAGE, LINKS, FaultError, parse_faults
 from tools.progress import progress
 from tools.recording import Recorded, messages
@@ -27,7 +27,7 @@ from tools.schedule import Due, Options, due
 from tools.schemas import NANOSECONDS
 from tools.stamps import DEFAULT_KEYS, restamped
 
-IN_FLIGHT = 512  # publishes without PUBACK; more of them wait here, not in the client's queue
+IN_FLIGHT = 512  # publishes without PUBACK, or fewer where the broker says so; more of them wait here
 ACK_SECONDS = 30.0
 USAGE_STATUS = 2
 BROKEN_STATUS = 3
@@ -57,14 +57,15 @@ class Outcome:
 
 
 class Player:
-    """Publishes due messages over one connection; `stop` may be called from any thread or signal handler."""
+    """Publishes due messages over one open connection; `stop` may be called from any thread or signal handler."""
 
-    def __init__(self, client: paho.Client, *, fresh: bool, keys: tuple[str, ...] = DEFAULT_KEYS) -> None:
+    def __init__(self, client: Client, *, fresh: bool, keys: tuple[str, ...] = DEFAULT_KEYS) -> None:
         self._client = client
         self._fresh = fresh
         self._keys = keys
         self._stop = threading.Event()
-        self._room = threading.BoundedSemaphore(IN_FLIGHT)
+        self._window = min(IN_FLIGHT, client.receive_maximum)
+        self._room = threading.BoundedSemaphore(self._window)
         self._acknowledged = 0
         client.on_publish = self._on_publish
 
@@ -114,10 +115,10 @@ class Player:
         self._room.release()
 
     def _drain(self) -> None:
-        for _ in range(IN_FLIGHT):
+        for _ in range(self._window):
             if not self._room.acquire(timeout=ACK_SECONDS):
                 raise _silent()
-        for _ in range(IN_FLIGHT):
+        for _ in range(self._window):
             self._room.release()
 
     def _outcome(self, late: list[float], sent: int, size: int, seconds: float) -> Outcome:

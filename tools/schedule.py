@@ -5,12 +5,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from random import Random
 
 from agent.topics import matches
 from tools.faults import NO_FAULTS, Channel, Faults
 from tools.recording import Recorded
 from tools.schemas import NANOSECONDS
+
+TOPICS_REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +80,21 @@ def renamed(topic: str, rename: tuple[tuple[str, str], ...]) -> str:
 
 def _selected(messages: Iterable[Recorded], options: Options) -> Iterator[tuple[float, Recorded]]:
     """The messages that are replayed, each with its receipt in seconds after that of the recording's first."""
+
+    @lru_cache(TOPICS_REMEMBERED)
+    def wanted(topic: str) -> bool:
+        chosen = any(matches(one, topic) for one in options.only)
+        return chosen and not any(matches(one, topic) for one in options.without)
+
     first: int | None = None
     for message in messages:
         first = message.receipt_ns if first is None else first
         place_s = (message.receipt_ns - first) / NANOSECONDS
         if place_s >= options.end_s:
             return
-        wanted = any(matches(one, message.topic) for one in options.only)
-        unwanted = any(matches(one, message.topic) for one in options.without)
-        if place_s >= options.start_s and wanted and not unwanted:
-            yield place_s, replace(message, topic=renamed(message.topic, options.rename))
+        if place_s >= options.start_s and wanted(message.topic):
+            topic = renamed(message.topic, options.rename)
+            yield place_s, message if topic == message.topic else replace(message, topic=topic)
 
 
 def _arrivals(channel: Channel, message: Recorded, place_s: float, sent_s: float, options: Options) -> Iterator[Due]:
