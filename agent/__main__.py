@@ -14,12 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from agent import __version__, assembly, commands, status, trust
+from agent import __version__, assembly, commands, journal, status, trust
 from agent.commands import Place
 from agent.errors import AgentError, InvalidConfigError
 from agent.settings.config import state_folder
 from agent.store import audit_cli
 from agent.wire import asyncapi
+
+log = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -37,23 +39,6 @@ examples:
   residency-agent explain agent.toml --topic vehicle/gnss --time 2026-11-23T10:00:30Z \
       --at 22.5431,114.0579,10,2026-11-23T10:00:00Z --at 22.5160,114.0680,10,2026-11-23T10:01:00Z
 """
-
-
-class EventFormatter(logging.Formatter):
-    """`event key=value ...`: a constant name and its data; journald adds the time."""
-
-    STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line per record."""
-        extra = {key: value for key, value in vars(record).items() if key not in self.STANDARD}
-        data = "".join(f" {key}={json.dumps(value, default=str)}" for key, value in extra.items())
-        return f"<{_syslog_level(record.levelno)}>{record.getMessage()}{data}"
-
-
-def _syslog_level(level: int) -> int:
-    """sd-daemon(3): the prefix by which journald knows the priority of a line."""
-    return {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6}.get(level, 7)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,10 +100,15 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     from agent import daemon  # noqa: PLC0415 - `check` and `status` start without the daemon's imports
 
-    handler = logging.StreamHandler()
-    handler.setFormatter(EventFormatter())
-    logging.basicConfig(level=arguments.log_level.upper(), handlers=[handler])
-    return asyncio.run(daemon.run(assembly.load(arguments.config)))
+    journal.start(arguments.log_level)
+    try:
+        return asyncio.run(daemon.run(assembly.load(arguments.config)))
+    except AgentError:
+        raise
+    except Exception as exc:  # noqa: BLE001 - a traceback could quote a payload
+        cause = daemon.first(exc) if isinstance(exc, BaseExceptionGroup) else exc
+        log.critical("agent.failed", extra={"error": type(cause).__name__, "place": journal.place_of(cause)})
+        return EXIT_FAILED
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from agent import __version__, status, systemd, vitals, wiring
+from agent import __version__, journal, status, systemd, vitals, wiring
 from agent.assembly import Setup
 from agent.beacon import Beacon
 from agent.board import Board
@@ -36,6 +36,7 @@ from agent.store.ledger import Ledger
 from agent.uplink.uplink import Uplink
 
 log = logging.getLogger(__name__)
+E = TypeVar("E", bound=BaseException)
 
 STATUS_SECONDS = 1.0
 SWEEP_SECONDS = 5.0
@@ -91,14 +92,14 @@ async def run(setup: Setup) -> int:
             expected, others = group.split(AgentError)
             if expected is None or others is not None:
                 raise
-            raise _first(expected) from group
+            raise first(expected) from group
     return 0
 
 
-def _first(group: BaseExceptionGroup[AgentError]) -> AgentError:
+def first(group: BaseExceptionGroup[E]) -> E:
     """What ended the agent, without the tasks around it."""
     found = group.exceptions[0]
-    return _first(found) if isinstance(found, BaseExceptionGroup) else found
+    return first(found) if isinstance(found, BaseExceptionGroup) else found
 
 
 async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
@@ -226,6 +227,7 @@ async def _sweep_loop(parts: Parts) -> None:
                 monotonic_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
                 boot_id=parts.boot_id,
             )
+        journal.tell()
         await asyncio.sleep(SWEEP_SECONDS)
 
 

@@ -112,12 +112,14 @@ class Car:
             f'[vehicle]\nsource = "urn:test:car"\nname = "car"\n[broker]\nport = {self.inner.port}\n{AGENT}{agent}'
         )
 
-    async def start(self):
+    async def start(self, log_level="info"):
         """Start the agent and wait until both sessions with the in-car broker are there."""
         before = self.log.count("intake.connected") if (self.folder / "agent.log").exists() else 0
         with (self.folder / "agent.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "agent", "run", str(self.config), stdout=log, stderr=log
+                *(sys.executable, "-m", "agent", "run", "--log-level", log_level, str(self.config)),
+                stdout=log,
+                stderr=log,
             )
         await self.until(lambda: self.log.count("intake.connected") >= before + 2)
 

@@ -23,7 +23,7 @@ LAYERS = [
     {"board", "mqtt", "store"},
     {"intake", "uplink"},
     {"trust"},
-    {"systemd", "status", "metrics", "assembly"},
+    {"systemd", "journal", "status", "metrics", "assembly"},
     {"beacon"},
     {"wiring", "vitals"},
     {"commands", "daemon", "doctor"},
