@@ -30,7 +30,7 @@ from agent.intake.resolver import Resolver
 from agent.pipeline import Pipeline
 from agent.places.positions import PositionHistory
 from agent.policy import Policy
-from agent.redaction.worker import RedactionWorker
+from agent.redaction.pool import RedactionPool
 from agent.store.committer import CommitOptions, Committer
 from agent.store.ledger import Ledger
 from agent.uplink.uplink import Uplink
@@ -51,7 +51,7 @@ class Parts:
 
     setup: Setup
     boot_id: str
-    worker: RedactionWorker
+    worker: RedactionPool
     committer: Committer
     fixes: Fixes
     intakes: dict[str, Intake]
@@ -111,7 +111,7 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
         log.warning("ledger.incident", extra={"incident": incident})
     options = CommitOptions(max_delay_s=setup.config.limits.commit_ms / 1000)
     committer = await stack.enter_async_context(Committer(ledger, options))
-    worker = await stack.enter_async_context(RedactionWorker(wiring.worker_options(setup)))
+    worker = await stack.enter_async_context(RedactionPool(wiring.worker_options(setup), setup.config.model.processes))
     pipeline = Pipeline(
         identity=identity,
         policy=setup.policy,

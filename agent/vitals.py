@@ -10,14 +10,14 @@ from typing import Any
 
 from agent import status
 from agent.intake.intake import Fixes, Intake
-from agent.redaction.worker import RedactionWorker
+from agent.redaction.pool import RedactionPool
 from agent.store.committer import Committer
 from agent.uplink.uplink import Uplink
 
 PAGE_BYTES = resource.getpagesize()
 
 
-def of_worker(worker: RedactionWorker) -> dict[str, Any]:
+def of_worker(worker: RedactionPool) -> dict[str, Any]:
     """The redaction process; `ready` also while it is unloaded, for the next picture starts it."""
     return {
         "ready": worker.ready or worker.unloaded,

@@ -19,6 +19,7 @@ from agent.errors import RefusedError
 from agent.payloads.inspection import InspectionLimits
 from agent.pictures.formats import PictureLimits, RedactionOptions
 from agent.redaction import seccomp
+from agent.redaction.pool import RedactionPool
 from agent.redaction.redaction import redact_payload
 from agent.redaction.worker import RedactionWorker, WorkerOptions
 from tools.recording import messages
@@ -316,3 +317,23 @@ async def test_process_that_has_pictures_to_redact_is_not_ended(options, patienc
         assert await refusal(worker, poisoned()) == "redaction.timeout", "not a crash: the slow picture had its time"
         assert worker.pid != first
         assert (worker.restarts, worker.unloaded) == (0, False)
+
+
+async def test_pool_redacts_with_one_process_while_another_is_busy(options):
+    async with RedactionPool(replace(options, factory="detectors:sleeping"), 2) as pool:
+        assert (pool.ready, pool.error, pool.restarts, pool.digest) == (True, "", 0, DIGEST)
+        hanging = asyncio.create_task(pool.redact(poisoned()))
+        await asyncio.sleep(0)
+        assert (await pool.redact(HARMLESS)).pictures == 1
+        assert not hanging.done()
+        hanging.cancel()
+        await asyncio.wait([hanging])
+        assert (await asyncio.gather(*(pool.redact(HARMLESS) for _ in range(3))))[2].pictures == 1
+        assert pool.restarts == 1
+
+
+async def test_pool_refuses_every_payload_without_a_model(options):
+    async with RedactionPool(replace(options, factory="detectors:missing"), 2) as pool:
+        assert not pool.ready
+        assert pool.error == "redaction.model"
+        assert await refusal(pool, HARMLESS) == "redaction.model"
