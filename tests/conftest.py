@@ -27,9 +27,16 @@ def patience():
 
 def pytest_addoption(parser):
     parser.addoption("--soak", type=int, default=0, metavar="KILLS", help="random kills in the fault suite, e.g. 200")
+    parser.addoption("--packages", action="store_true", help="fetch every locked wheel; install in a debootstrap root")
 
 
 @pytest.fixture
 def soak(request):
     """How many random kills were asked for; 0 where nobody did."""
     return request.config.getoption("--soak")
+
+
+@pytest.fixture(scope="session")
+def packages(request):
+    """Whether the tests of packages may fetch from the registries and take minutes."""
+    return request.config.getoption("--packages")

@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "measure a detector on labelled pictures",
     "train": "train the detector",
     "regions": "compile and look at the border file",
+    "package": "build the packages, the lock file and the bill of materials",
 }
 
 
