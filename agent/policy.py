@@ -119,12 +119,14 @@ class Policy:
     def again(self, record: Record, whereabouts: Whereabouts, registration: str = "") -> Decision:
         """Decide about a stored record, perhaps one of an earlier policy; `whereabouts`: its regions, or fewer.
 
-        It keeps the class that it carries. Where the rule of its topic now gives another one, both must permit.
+        It keeps the class that it carries, and that one's order of endpoints. Where the rule of its topic now gives
+        another class, both must permit.
         """
         rule = self.rule_for(record.topic)
         if rule is None or rule.action == "refuse":
             return Refuse(reason="policy.no-rule" if rule is None else "policy.refused")
-        decisions = [self.decide(name, whereabouts, registration) for name in {record.data_class, rule.data_class}]
+        classes = dict.fromkeys((record.data_class, rule.data_class))
+        decisions = [self.decide(name, whereabouts, registration) for name in classes]
         for kind in (Refuse, Hold):
             found = next((decision for decision in decisions if isinstance(decision, kind)), None)
             if found is not None:

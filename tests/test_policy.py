@@ -105,6 +105,15 @@ def test_the_last_line_clears_exactly_what_every_candidate_permits(permit, regio
         assert (cleared.record.regions, cleared.endpoint) == (regions, endpoint)
 
 
+@pytest.mark.parametrize("own", [f"class-{number}" for number in range(8)])
+def test_stored_record_of_two_classes_keeps_the_order_of_its_own(own):
+    classes = {own: DataClass(), "data": DataClass()}
+    policy = policy_of({"cn": {own: ["b", "a", "c"], "data": ["a", "b"]}}, classes=classes)
+    stored = record(["cn"], data_class=own)
+    decision = policy.again(stored, Whereabouts(regions=stored.regions, basis=stored.basis))
+    assert decision == Publish(endpoints=("b", "a"))
+
+
 def test_nothing_but_the_policy_makes_a_clearance():
     with pytest.raises(TypeError):
         Cleared(record=record(["cn"]), endpoint="a", seal=object())
