@@ -402,3 +402,17 @@ def test_the_envelope_costs_less_than_a_kilobyte_and_does_not_grow_with_the_data
 )
 def test_only_a_valid_trace_context_is_passed_on(given_text, kept):
     assert wire.traceparent_or_none(given_text) == (given_text if kept else None)
+
+
+@pytest.mark.parametrize("attributes", [SAMPLE, PICTURE])
+def test_kept_record_is_read_as_it_was_written(attributes):
+    opened = unpack(packed := pack(attributes, b"data", SIGNER))
+    found = wire.kept(packed)
+    assert (found.texts, found.data, found.signature) == (texts(attributes), b"data", opened.signature)
+    assert list(found.texts) == sorted(found.texts)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, -1])
+def test_kept_record_that_is_cut_is_refused(cut):
+    with pytest.raises(EnvelopeError):
+        wire.kept(pack(SAMPLE, b"data", None)[:cut])

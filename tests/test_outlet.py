@@ -12,8 +12,11 @@ from fake_broker import fake_broker
 from test_policy import policy_of, record
 
 import agent
+from agent.errors import EnvelopeError
+from agent.messages import Basis
 from agent.policy import Cleared
 from agent.uplink.outlet import Outlet
+from agent.wire.envelope import Attributes, pack
 
 TRANSPORT = {"packets", "connection", "client", "transport"}  # modules that carry a PUBLISH and make none
 
@@ -43,6 +46,24 @@ class Recorder:
         self.published.append(outgoing)
 
 
+def stored_record(regions):
+    attributes = Attributes(
+        id="1",
+        source="urn:car",
+        type="t",
+        subject="vehicle/data",
+        time_ns=1,
+        datacontenttype="application/json",
+        dataregion=regions,
+        regionbasis=Basis.GNSS,
+        dataclassification="data",
+        policyversion="1",
+        recordedtime_ns=1,
+        sequence=1,
+    )
+    return dataclasses.replace(record(list(regions)), envelope=pack(attributes, b"{}", None))
+
+
 def outlet(recorder, endpoint="a"):
     return Outlet(recorder, endpoint=endpoint, vehicle="car", topic="{region}/{topic}", wire="msgpack")
 
@@ -55,6 +76,17 @@ def test_outlet_takes_nothing_but_what_was_cleared_for_its_endpoint():
         with pytest.raises(TypeError, match="not cleared for a"):
             outlet(recorder).publish(wrong, 0)
     assert recorder.published == []
+
+
+def test_record_whose_envelope_names_other_regions_than_the_ledger_does_not_go_out():
+    honest = stored_record(regions=("cn",))
+    altered = dataclasses.replace(honest, regions=("cn", "hk"))
+    policy, recorder = policy_of({"cn": {"data": ["a"]}, "hk": {"data": ["a"]}}), Recorder()
+    with pytest.raises(EnvelopeError, match="other regions"):
+        outlet(recorder).publish(policy.clear(altered, "a"), 0)
+    assert recorder.published == []
+    outlet(recorder).publish(policy.clear(honest, "a"), 0)
+    assert [one.topic for one in recorder.published] == ["cn/vehicle/data"]
 
 
 def test_clearance_cannot_be_carried_over_to_another_record_or_endpoint():

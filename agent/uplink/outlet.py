@@ -2,6 +2,7 @@
 
 Invariants:
 - It takes a `Cleared`, which only `Policy.clear` makes, and only one for its own endpoint; TypeError for all else.
+- What goes out names the regions for which it was cleared; EnvelopeError for all else.
 - No other module makes a PUBLISH out of a record: tests/test_outlet.py reads the imports.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 
+from agent.errors import EnvelopeError
 from agent.messages import Record
 from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Outgoing, Puback
@@ -37,12 +39,14 @@ class Outlet:
         return self._connection.publish(self._outgoing(cleared.record, now_ns))
 
     def _outgoing(self, record: Record, now_ns: int) -> Outgoing:
-        opened = envelope.unpack(record.envelope)
-        attributes = opened.attributes
+        kept = envelope.kept(record.envelope)
+        if kept.texts.get("dataregion") != ",".join(record.regions):
+            msg = "the envelope names other regions than the ledger"
+            raise EnvelopeError(msg)
         return Outgoing(
-            topic=addressing.topic(self._topic, attributes, self._vehicle),
-            payload=opened.data if self._binary else record.envelope,
-            content_type=attributes.datacontenttype if self._binary else envelope.CONTENT_TYPE,
-            properties=envelope.properties(attributes, opened.signature if self._binary else None),
+            topic=addressing.topic_of(self._topic, kept.texts, self._vehicle),
+            payload=kept.data if self._binary else record.envelope,
+            content_type=kept.texts.get("datacontenttype") if self._binary else envelope.CONTENT_TYPE,
+            properties=envelope.pairs(kept.texts, kept.signature if self._binary else None),
             expiry_s=min(max((record.expires_ns - now_ns) // SECOND, 1), LONGEST_EXPIRY),
         )

@@ -6,6 +6,7 @@ What is filled in cannot become a wildcard, a `$` topic or a further placeholder
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from agent.errors import EnvelopeError
 from agent.topics import MAX_TOPIC_BYTES
@@ -15,6 +16,7 @@ DEFAULT_TEMPLATE = "{region}/{vehicle}/{topic}"
 PRESENCE_TEMPLATE = "residency-agent/{vehicle}/presence"
 STATUS_TEMPLATE = "residency-agent/{vehicle}/status"
 PLACEHOLDERS = ("region", "vehicle", "topic", "class", "type")
+_ATTRIBUTES = {"region": "dataregion", "topic": "subject", "class": "dataclassification", "type": "type"}
 
 _PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
 _NOT_IN_A_NAME = re.compile("[+#\x00-\x1f\x7f-\x9f]")  # MQTT 5.0, 4.7.1 and 1.5.4
@@ -38,14 +40,13 @@ def topic(template: str, attributes: Attributes, vehicle: str) -> str:
 
     `{region}` is the attribute `dataregion` (several candidates joined by commas), `{topic}` the topic on the car.
     """
-    values = {
-        "region": ",".join(attributes.dataregion),
-        "vehicle": vehicle,
-        "topic": attributes.subject,
-        "class": attributes.dataclassification,
-        "type": attributes.type,
-    }
-    return _filled(template, values)
+    return topic_of(template, attributes.texts, vehicle)
+
+
+def topic_of(template: str, found: Mapping[str, str], vehicle: str) -> str:
+    """As `topic`, from the attributes as text."""
+    values = {placeholder: found.get(name, "") for placeholder, name in _ATTRIBUTES.items()}
+    return _filled(template, {**values, "vehicle": vehicle})
 
 
 def vehicle_topic(template: str, vehicle: str) -> str:

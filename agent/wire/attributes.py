@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -61,6 +62,8 @@ class Attributes:
     modeldigest: str | None = None
     traceparent: str | None = None
     extensions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    texts: Mapping[str, str] = field(init=False, repr=False, compare=False)
+    """What `texts` gives: it is needed for the check, the event bytes and the user properties."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.sequence <= MAX_SEQUENCE:
@@ -71,7 +74,8 @@ class Attributes:
             _refuse(f"dataregion: {bad[0]!r} is not the name of a region")
         if clash := _RESERVED & self.extensions.keys():
             _refuse(f"extensions: {sorted(clash)} have a meaning of their own")
-        _check_texts(texts(self))
+        object.__setattr__(self, "texts", MappingProxyType(_texts(self)))
+        _check_texts(self.texts)
 
 
 def texts(attributes: Attributes) -> dict[str, str]:
@@ -79,6 +83,10 @@ def texts(attributes: Attributes) -> dict[str, str]:
 
     Times are RFC 3339 UTC with nine decimals; `sequence` is nineteen digits, so strings sort as the numbers do.
     """
+    return dict(attributes.texts)
+
+
+def _texts(attributes: Attributes) -> dict[str, str]:
     found: dict[str, str | None] = {name: getattr(attributes, name) for name in (*_OPTIONAL, *_PLAIN)}
     found |= {
         "specversion": SPECVERSION,
@@ -124,7 +132,13 @@ def format_time(time_ns: int) -> str:
     if not 0 <= time_ns < MAX_TIME_NS:
         _refuse(f"time: {time_ns} ns is not in the years 1970 to 9999")
     seconds, rest = divmod(time_ns, 10**9)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
+    return f"{_format_seconds(seconds)}.{rest:09d}Z"
+
+
+@lru_cache(maxsize=64)
+def _format_seconds(seconds: int) -> str:
+    """Most records of a second are written in it."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def parse_time(text: str) -> int:

@@ -20,12 +20,12 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import msgpack  # type: ignore[import-untyped]  # it ships no annotations
+import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -38,10 +38,13 @@ __all__ = [
     "PAYLOAD_TYPE",
     "Attributes",
     "Envelope",
+    "Kept",
     "Signature",
     "Signer",
     "from_binary",
+    "kept",
     "pack",
+    "pairs",
     "properties",
     "received",
     "repack",
@@ -52,6 +55,7 @@ __all__ = [
 
 PAYLOAD_TYPE = "application/vnd.residency-agent.event.v1+msgpack"  # what is signed
 CONTENT_TYPE = "application/vnd.residency-agent.envelope+msgpack"  # MQTT 5 Content Type of an envelope
+_encode = msgspec.msgpack.Encoder().encode  # every length in its shortest form
 MAX_ENVELOPE_BYTES = 64 << 20  # default of `unpack`; the agent's own payload limit is far below
 
 
@@ -70,9 +74,18 @@ class Envelope:
         return self.signature.keyid if self.signature else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A record of our own as it is stored: the attributes as text, names ascending."""
+
+    texts: Mapping[str, str]
+    data: bytes
+    signature: Signature | None
+
+
 def pack(attributes: Attributes, data: bytes, signer: Signer | None) -> bytes:
     """Give the envelope of one record, signed where there is a signer."""
-    return _seal(_event(texts(attributes), data), signer)
+    return _seal(_event(attributes.texts, data), signer)
 
 
 def repack(packed: bytes, signer: Signer | None, **changes: Any) -> bytes:  # noqa: ANN401 - fields of Attributes
@@ -101,6 +114,20 @@ def unpack(packed: bytes, max_bytes: int = MAX_ENVELOPE_BYTES) -> Envelope:
     return _opened(event, data, payload, signature)
 
 
+def kept(packed: bytes) -> Kept:
+    """Read an envelope that this agent has written, out of a store that checks its bytes; raises EnvelopeError.
+
+    Unlike `unpack` it does not prove again that nobody else could have written it, which takes most of the time.
+    """
+    outer = _map(packed, "envelope")
+    payload, signature = outer.get("payload"), _signature(outer.get("signatures"))
+    event = _map(payload, "event") if isinstance(payload, bytes) else {}
+    data = event.pop("data", None)
+    if not isinstance(data, bytes) or not all(isinstance(text, str) for text in event.values()):
+        _refuse("the event holds no data, or an attribute that is not text")
+    return Kept(texts=event, data=data, signature=signature)
+
+
 def from_binary(data: bytes, content_type: str | None, user_properties: Iterable[tuple[str, str]]) -> Envelope:
     """Read a record in CloudEvents binary mode: the PUBLISH payload, its Content Type and its user properties.
 
@@ -125,10 +152,15 @@ def properties(attributes: Attributes, signature: Signature | None = None) -> li
 
     In binary mode the signature goes along as `keyid` and `signature` (base64); in msgpack mode it is in the payload.
     """
-    pairs = [(name, text) for name, text in texts(attributes).items() if name != "datacontenttype"]
+    return pairs(attributes.texts, signature)
+
+
+def pairs(found: Mapping[str, str], signature: Signature | None = None) -> list[tuple[str, str]]:
+    """Give the user properties for attributes as text."""
+    plain = [(name, text) for name, text in found.items() if name != "datacontenttype"]
     if signature is None:
-        return pairs
-    return [*pairs, ("keyid", signature.keyid), ("signature", base64.b64encode(signature.sig).decode())]
+        return plain
+    return [*plain, ("keyid", signature.keyid), ("signature", base64.b64encode(signature.sig).decode())]
 
 
 def received(
@@ -170,10 +202,8 @@ def verify(envelope: Envelope, keys: Mapping[str, Ed25519PublicKey]) -> None:
 
 
 def _event(found: Mapping[str, str], data: bytes) -> bytes:
-    """Give the event bytes; `found` has its names ascending. The data is copied once."""
-    before = b"".join(_text(name) + _text(text) for name, text in found.items() if name < "data")
-    after = b"".join(_text(name) + _text(text) for name, text in found.items() if name > "data")
-    return b"".join((_map_head(len(found) + 1), before, _text("data"), _bin_head(len(data)), data, after))
+    """Give the event bytes. The data is copied once."""
+    return _encode(dict(sorted({**found, "data": data}.items())))
 
 
 def _seal(payload: bytes, signer: Signer | None) -> bytes:
@@ -182,8 +212,7 @@ def _seal(payload: bytes, signer: Signer | None) -> bytes:
 
 def _outer(payload: bytes, signature: Signature | None) -> bytes:
     signatures = [] if signature is None else [{"keyid": signature.keyid, "sig": signature.sig}]
-    tail = _text("payloadType") + _text(PAYLOAD_TYPE) + _text("signatures") + msgpack.packb(signatures)
-    return b"".join((_map_head(3), _text("payload"), _bin_head(len(payload)), payload, tail))
+    return _encode({"payload": payload, "payloadType": PAYLOAD_TYPE, "signatures": signatures})
 
 
 def _opened(found: Mapping[str, object], data: bytes, payload: bytes, signature: Signature | None) -> Envelope:
@@ -191,7 +220,7 @@ def _opened(found: Mapping[str, object], data: bytes, payload: bytes, signature:
     if len(found) > MAX_ATTRIBUTES or not all(isinstance(text, str) for text in found.values()):
         _refuse(f"an attribute is not text, or there are more than {MAX_ATTRIBUTES}")
     attributes = from_texts(cast("Mapping[str, str]", found))
-    if _event(texts(attributes), data) != payload:
+    if _event(attributes.texts, data) != payload:
         _refuse("the event is not in the form that the agent writes")
     return Envelope(attributes=attributes, data=data, payload=payload, signature=signature)
 
@@ -226,21 +255,6 @@ def _decoded(keyid: str | None, encoded: str | None) -> Signature:
     if keyid is None or base64.b64encode(sig).decode() != encoded:
         _refuse("signature: keyid and signature must come together, in canonical base64")
     return Signature(keyid=keyid, sig=sig)
-
-
-def _text(text: str) -> bytes:
-    return cast("bytes", msgpack.packb(text))
-
-
-def _map_head(entries: int) -> bytes:
-    return struct.pack(">B", 0x80 | entries) if entries < 16 else struct.pack(">BH", 0xDE, entries)
-
-
-def _bin_head(size: int) -> bytes:
-    """Begin a msgpack bin 8, bin 16 or bin 32, the shortest that fits."""
-    if size < 1 << 8:
-        return struct.pack(">BB", 0xC4, size)
-    return struct.pack(">BH", 0xC5, size) if size < 1 << 16 else struct.pack(">BI", 0xC6, size)
 
 
 def _refuse(message: str) -> NoReturn:
