@@ -7,14 +7,15 @@ import asyncio
 import json
 import logging
 import math
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from agent import __version__, assembly, commands, journal, status, trust
+from agent import __version__, assembly, commands, first_day, journal, status, trust, usage
 from agent.commands import Place
 from agent.errors import AgentError, InvalidConfigError
 from agent.settings.config import state_folder
@@ -22,23 +23,21 @@ from agent.store import audit_cli
 from agent.wire import asyncapi
 
 log = logging.getLogger(__name__)
+Run = Callable[[argparse.Namespace], int]
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
 
-EPILOG = """exit status:
-  0  done, or everything is as it should be
-  1  the agent could not start or failed, or the counters are not conserved
-  2  wrong usage, or a mistake in a configuration file
-
-examples:
-  residency-agent check /etc/residency-agent/agent.toml
-  residency-agent run /etc/residency-agent/agent.toml
-  residency-agent status --json /etc/residency-agent/agent.toml
-  residency-agent explain agent.toml --topic vehicle/gnss --at 22.5431,114.0579,10
-  residency-agent explain agent.toml --topic vehicle/gnss --time 2026-11-23T10:00:30Z \
-      --at 22.5431,114.0579,10,2026-11-23T10:00:00Z --at 22.5160,114.0680,10,2026-11-23T10:01:00Z
-"""
+RUN_FAILED = "it could not start, or a mistake of its own ended it; systemd starts it again"
+EXPLAIN = (
+    "residency-agent explain agent.toml --topic vehicle/gnss --at 22.5431,114.0579,10",
+    "residency-agent explain agent.toml --topic vehicle/gnss --time 2026-11-23T10:00:30Z \\",
+    "    --at 22.5431,114.0579,10,2026-11-23T10:00:00Z --at 22.5160,114.0680,10,2026-11-23T10:01:00Z",
+)
+INIT = (
+    "residency-agent init /etc/residency-agent --regions cn,hk,eea --vehicle urn:example:car-7 --registration CN",
+    "residency-agent init car --regions cn --vehicle urn:example:car-7 --state state --endpoint cn=127.0.0.1:18841",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,24 +57,57 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="residency-agent",
         description=__doc__,
-        epilog=EPILOG,
+        epilog=usage.epilog(
+            [f"residency-agent {words}" for words in ("check agent.toml", "run agent.toml", "explain --help")],
+            failed="the agent could not start or failed, or something is not as it should be",
+            done="done, or everything is as it should be",
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands_ = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, run: Any, summary: str) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's own typing
-        command = commands_.add_parser(name, help=summary, description=summary)
+    def add(
+        name: str, run: Run, summary: str, examples: Sequence[str] = (), failed: str = "never"
+    ) -> argparse.ArgumentParser:
+        epilog = usage.epilog(examples or [f"residency-agent {name} /etc/residency-agent/agent.toml"], failed=failed)
+        command = usage.add(commands_, name, summary, epilog=epilog)
         command.set_defaults(run=run)
         command.add_argument("config", type=Path, metavar="AGENT_TOML")
         return command
 
-    run = add("run", _run, "run the agent in the foreground until SIGTERM")
+    _add_init(commands_)
+    run = add("run", _run, "run the agent in the foreground until SIGTERM", failed=RUN_FAILED)
     run.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     add("check", _check, "validate both files and print what would be published where")
-    show = add("status", _status, "counters, connections and model of a running or stopped agent")
+    show = add(
+        "status",
+        _status,
+        "counters, queues, connections and model of a running or stopped agent",
+        ("residency-agent status /etc/residency-agent/agent.toml", "residency-agent status --json agent.toml"),
+        failed="the counters are not conserved, or there is no readable ledger",
+    )
     show.add_argument("--json", action="store_true", help="everything, for programs")
-    explain = add("explain", _explain, "say step by step what would happen to a message")
+    _add_explain(add("explain", _explain, "say step by step what would happen to a message", EXPLAIN))
+    add("egress-rules", _egress_rules, "print a systemd drop-in that allows the policy's networks and nothing else")
+    add(
+        "doctor",
+        _doctor,
+        "try brokers, TLS, clock, disk, keys and model, and say what to do about each failure",
+        failed="something is not as it should be",
+    )
+    for name, print_it, summary in (
+        ("reference", _reference, "print every key of both files as Markdown"),
+        ("asyncapi", _asyncapi, "print the AsyncAPI document of the stream"),
+    ):
+        epilog = usage.epilog([f"residency-agent {name}"], failed="never")
+        usage.add(commands_, name, summary, epilog=epilog).set_defaults(run=print_it)
+    audit_cli.add_parser(commands_)
+    trust.add_parser(commands_)
+    return parser
+
+
+def _add_explain(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("--topic", required=True, type=_topic)
     explain.add_argument(
         "--at",
@@ -86,15 +118,29 @@ def _parser() -> argparse.ArgumentParser:
         help="a fix, and when it was (RFC 3339; else at --time); may be repeated; without any: no fix",
     )
     explain.add_argument("--time", type=_time, help="when the message was captured (RFC 3339; else now)")
-    add("egress-rules", _egress_rules, "print a systemd drop-in that allows the policy's networks and nothing else")
-    add("doctor", _doctor, "try brokers, TLS, clock, disk and model, and say what to do about each failure")
-    reference = commands_.add_parser("reference", help="print every key of both files as Markdown")
-    reference.set_defaults(run=_reference)
-    document = commands_.add_parser("asyncapi", help="print the AsyncAPI document of the stream")
-    document.set_defaults(run=_asyncapi)
-    audit_cli.add_parser(commands_)
-    trust.add_parser(commands_)
-    return parser
+
+
+def _add_init(commands_: Any) -> None:  # noqa: ANN401 - argparse has no public type for it
+    epilog = usage.epilog(INIT, failed="a file is there already, or a wish is no good")
+    init = usage.add(commands_, "init", "write a commented configuration for some regions", epilog=epilog)
+    init.set_defaults(run=_init)
+    init.add_argument("folder", type=Path, metavar="FOLDER", help="agent.toml and policy.toml are written here")
+    regions = "joined by commas; names of the example policy, which an unknown one lists"
+    init.add_argument("--regions", required=True, type=lambda text: text.split(","), help=regions)
+    init.add_argument(
+        "--vehicle", required=True, metavar="URI", help="pseudonym of this vehicle; its last part is its name"
+    )
+    init.add_argument("--registration", default="", metavar="COUNTRY", help="ISO 3166-1 country of registration")
+    init.add_argument("--state", default="/var/lib/residency-agent", help="folder of the ledger (default: %(default)s)")
+    init.add_argument("--broker", type=_broker, default="127.0.0.1:1883", metavar="HOST[:PORT]", help="in-car broker")
+    init.add_argument(
+        "--endpoint",
+        type=_endpoint,
+        action="append",
+        default=[],
+        metavar="REGION=HOST[:PORT]",
+        help="a region's broker; may be repeated",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -109,6 +155,35 @@ def _run(arguments: argparse.Namespace) -> int:
         cause = daemon.first(exc) if isinstance(exc, BaseExceptionGroup) else exc
         log.critical("agent.failed", extra={"error": type(cause).__name__, "place": journal.place_of(cause)})
         return EXIT_FAILED
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    wish = first_day.Wish(
+        vehicle=arguments.vehicle,
+        regions=arguments.regions,
+        registration=arguments.registration,
+        state=arguments.state,
+        broker=arguments.broker,
+        endpoints=dict(arguments.endpoint),
+    )
+    for file in first_day.write(arguments.folder, wish):
+        print(f"wrote {file}")
+    print(f"Read both, then: residency-agent check {arguments.folder / 'agent.toml'}")
+    return 0
+
+
+def _broker(text: str) -> first_day.Broker:
+    host, _, port = text.rpartition(":") if re.search(r"[^:]:\d+$|\]:\d+$", text) else (text, "", "")
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text!r}: a host, as in mqtt.example.com or 127.0.0.1:1883")
+    return first_day.Broker(host=host.strip("[]"), port=int(port) if port else None)
+
+
+def _endpoint(text: str) -> tuple[str, first_day.Broker]:
+    region, separator, address = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r}: a region and its broker, as in cn=mqtt.cn.example.com:8883")
+    return region, _broker(address)
 
 
 def _check(arguments: argparse.Namespace) -> int:

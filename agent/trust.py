@@ -15,6 +15,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from agent import usage
 from agent.errors import AgentError, ConfigError, EnvelopeError, InvalidConfigError
 from agent.settings.config import Trust
 from agent.wire import detached
@@ -23,13 +24,12 @@ from agent.wire.signing import Signer, key_id_of, public_keys
 
 KINDS = {".toml": Kind.POLICY, ".json": Kind.MODEL, ".geojson": Kind.BORDERS}
 
-EPILOG = """FILE.sig is written beside each FILE. What it signs is told by the name: .toml a policy, .json a detector's
-manifest (which names the model's SHA-256), .geojson the borders that a policy names.
-
-examples:
-  residency-agent sign --key fleet.pem --generate
-  residency-agent sign --key fleet.pem policy.toml detector.json
-"""
+ABOUT = """FILE.sig is written beside each FILE. What it signs is told by the name: .toml a policy, .json a detector's
+manifest (which names the model's SHA-256), .geojson the borders that a policy names."""
+EXAMPLES = (
+    "residency-agent sign --key fleet.pem --generate",
+    "residency-agent sign --key fleet.pem policy.toml detector.json",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +77,8 @@ def _why(exc: Exception) -> str:
 def add_parser(commands: Any) -> None:  # noqa: ANN401 - argparse has no public type for it
     """Add `sign` to the subcommands."""
     summary = "sign a policy, its borders or a detector's manifest, or make the key for it"
-    parser = commands.add_parser(
-        "sign",
-        help=summary,
-        description=summary,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    epilog = usage.epilog(EXAMPLES, failed="a file could not be read, signed or written")
+    parser = usage.add(commands, "sign", summary, epilog=epilog, description=f"{summary}\n\n{ABOUT}")
     parser.add_argument("--key", type=Path, required=True, help="Ed25519 private key, PEM; keep it off the vehicles")
     parser.add_argument("--generate", action="store_true", help="make KEY first, and KEY.pub for [trust] keys_file")
     parser.add_argument("--as", dest="kind", choices=[kind.name.lower() for kind in Kind], help="where the name lies")

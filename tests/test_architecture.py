@@ -11,7 +11,7 @@ AGENT = ROOT / "agent"
 
 LAYERS = [
     {"__init__"},
-    {"errors", "messages", "topics", "clock", "histogram"},
+    {"errors", "messages", "topics", "clock", "histogram", "usage"},
     {"pictures"},
     {"payloads"},
     {"settings"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"systemd", "journal", "status", "metrics", "assembly"},
     {"beacon"},
     {"wiring", "vitals"},
-    {"commands", "daemon", "doctor"},
+    {"commands", "daemon", "doctor", "first_day"},
     {"explain"},
     {"__main__"},
 ]
@@ -38,6 +38,7 @@ PURE = {
     "topics",
     "clock",
     "histogram",
+    "usage",
     "pictures",
     "payloads",
     "settings",

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 from cryptography.exceptions import InvalidSignature
 
+from agent import usage
 from agent.errors import LedgerError
 from agent.store import audit
 from agent.store.books import read_base, read_meta
@@ -25,6 +26,8 @@ from agent.store.upkeep import read_seal
 from agent.wire.signing import public_keys
 
 _SOME = "SELECT first, count, digest, data FROM audit WHERE first > ? ORDER BY first LIMIT 256"
+
+FAILED = "the chain is not intact, or there is no readable ledger"
 
 Signed = Callable[[bytes, bytes], bool]
 
@@ -80,14 +83,16 @@ def signed_by(pem: bytes) -> Signed:
 
 def add_parser(subparsers: Any) -> None:  # noqa: ANN401 - argparse names no public type for it
     """Add `audit` to the agent's command line."""
-    summary = "export or verify the audit log"
-    parser = subparsers.add_parser("audit", help=summary, description=summary)
+    calls = [f"residency-agent audit {words}" for words in ("export state/ledger.sqlite", "verify state/ledger.sqlite")]
+    calls.append(f"{calls[1]} --key car.pub.pem")
+    parser = usage.add(subparsers, "audit", "export or verify the audit log", epilog=usage.epilog(calls, failed=FAILED))
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     for name, action, text in (
         ("export", _export, "print one JSON object per row; `chain` is the row's hash"),
         ("verify", _verify, "check that no row was changed, dropped or cut off"),
     ):
-        command = actions.add_parser(name, help=text, description=text)
+        examples = [call for call in calls if f" {name} " in call]
+        command = usage.add(actions, name, text, epilog=usage.epilog(examples, failed=FAILED))
         command.add_argument("ledger", type=Path, metavar="LEDGER", help="the ledger's database file")
         command.set_defaults(run=run, action=action)
     command.add_argument("--key", type=Path, metavar="PEM", help="public key that must have signed the seal")
