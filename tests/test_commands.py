@@ -165,11 +165,10 @@ def test_asyncapi_and_reference_are_printed(capsys):
     assert "| `rules[].class` |" in capsys.readouterr().out
 
 
-def test_every_command_explains_itself():
-    for words in (["--help"], ["run", "--help"], ["check", "--help"], ["status", "--help"], ["audit", "--help"]):
-        result = subprocess.run([sys.executable, "-m", "agent", *words], capture_output=True, text=True, check=False)
-        assert result.returncode == 0
-        assert "usage: residency-agent" in result.stdout
+def test_program_explains_itself():
+    result = subprocess.run([sys.executable, "-m", "agent", "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert "usage: residency-agent" in result.stdout
 
 
 def test_wrong_usage_exits_with_two():

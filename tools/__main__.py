@@ -8,6 +8,8 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
+from tools import calls
+
 COMMANDS = {
     "demo": "replay the bundled drive through the agent and judge the outcome",
     "record": "record the traffic of a broker as MCAP",
@@ -29,20 +31,28 @@ def _module_name(command: str) -> str:
     return f"tools.{command}_" if command == "import" else f"tools.{command}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is the command's own, 2 for wrong usage."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="residency-tools", description=__doc__)
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    chosen = next((word for word in argv if word in COMMANDS), None)
-    for command, summary in COMMANDS.items():
-        if importlib.util.find_spec(_module_name(command)) is None:
-            continue
+def is_here(command: str) -> bool:
+    """Whether this installation has the command."""
+    return importlib.util.find_spec(_module_name(command)) is not None
+
+
+def parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The command line; only the chosen command's module is imported, and only its options are known."""
+    whole = argparse.ArgumentParser(prog="residency-tools", description=__doc__)
+    subparsers = whole.add_subparsers(metavar="COMMAND", required=True)
+    for command in filter(is_here, COMMANDS):
         if command == chosen:
             importlib.import_module(_module_name(command)).add_parser(subparsers)
         else:
-            subparsers.add_parser(command, help=summary)
-    arguments = parser.parse_args(argv)
+            subparsers.add_parser(command, help=COMMANDS[command])
+    calls.explain(whole)
+    return whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is the command's own, 2 for wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser(next((word for word in argv if word in COMMANDS), None)).parse_args(argv)
     return int(arguments.run(arguments))
 
 
