@@ -1,7 +1,7 @@
 """The running agent: its tasks, signals, drain, watchdog and status.
 
-First SIGTERM or SIGINT: nothing new is taken, what is in flight may still be acknowledged for `limits.drain_s`, then
-everything is closed. A second one exits at once; the ledger makes that safe.
+SIGHUP takes a new configuration (`reload`). First SIGTERM or SIGINT: nothing new is taken, what is in flight may still
+be acknowledged for `limits.drain_s`, then everything is closed. A second one exits at once; the ledger makes that safe.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from agent.clock import is_set
 from agent.errors import AgentError, LedgerStalledError
 from agent.intake.intake import Fixes, Intake, Inward
 from agent.intake.line import Line, Numbering
-from agent.intake.resolver import Resolver
 from agent.pipeline import Pipeline
 from agent.places.positions import PositionHistory
 from agent.policy import Policy
 from agent.redaction.pool import RedactionPool
+from agent.reload import Reloader
 from agent.store.committer import CommitOptions, Committer
 from agent.store.ledger import Ledger
-from agent.uplink.uplink import Uplink
+from agent.uplink.group import UplinkGroup
+from agent.uplink.uplink import Uplink, UplinkOptions
 
 log = logging.getLogger(__name__)
 E = TypeVar("E", bound=BaseException)
@@ -47,16 +48,14 @@ SECOND_SIGNAL_STATUS = 130
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What an assembled agent consists of."""
+    """What an assembled agent consists of; `setup` is what it started with, `reloader` has what holds now."""
 
     setup: Setup
     boot_id: str
-    worker: RedactionPool
     committer: Committer
     fixes: Fixes
     intakes: dict[str, Intake]
-    uplinks: dict[str, Uplink]
-    resolver: Resolver
+    reloader: Reloader
     line: Line
     watchdog: systemd.Watchdog
     beacon: Beacon | None
@@ -68,24 +67,25 @@ class _Reach:
 
     def __init__(self, line: Line) -> None:
         self._line = line
+        self._pipeline = line.pipeline
         self._regions: tuple[str, ...] = ()
         self._asked_ns = -REACH_NS
 
     def allows(self, endpoint: str) -> bool:
-        now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        if now_ns - self._asked_ns >= REACH_NS:
-            self._regions = self._line.pipeline.here(now_ns, time.time_ns())
-            self._asked_ns = now_ns
-        return self._line.pipeline.policy.reachable(self._regions, endpoint)
+        now_ns, pipeline = time.clock_gettime_ns(time.CLOCK_BOOTTIME), self._line.pipeline
+        if now_ns - self._asked_ns >= REACH_NS or pipeline is not self._pipeline:
+            self._regions = pipeline.here(now_ns, time.time_ns())
+            self._asked_ns, self._pipeline = now_ns, pipeline
+        return pipeline.policy.reachable(self._regions, endpoint)
 
 
 async def run(setup: Setup) -> int:
     """Run until a signal; the exit status. Raises AgentError where the agent cannot start."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(SIDE_THREADS, thread_name_prefix="side"))
     await asyncio.to_thread(Path(setup.config.paths.state).mkdir, parents=True, exist_ok=True)
-    stop = _stop_on_signals()
+    stop, reload = _on_signals()
     async with contextlib.AsyncExitStack() as stack:
-        parts = await _assemble(setup, stack)
+        parts = await _assemble(setup, stack, reload)
         try:
             await _run_until(stop, parts)
         except BaseExceptionGroup as group:
@@ -102,7 +102,7 @@ def first(group: BaseExceptionGroup[E]) -> E:
     return first(found) if isinstance(found, BaseExceptionGroup) else found
 
 
-async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
+async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack, reload: asyncio.Event) -> Parts:
     signer = wiring.signer(setup)
     identity = wiring.identity(setup)
     history = PositionHistory(wiring.position_limits(setup), boot_id=identity.boot_id)
@@ -111,7 +111,8 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
         log.warning("ledger.incident", extra={"incident": incident})
     options = CommitOptions(max_delay_s=setup.config.limits.commit_ms / 1000)
     committer = await stack.enter_async_context(Committer(ledger, options))
-    worker = await stack.enter_async_context(RedactionPool(wiring.worker_options(setup), setup.config.model.processes))
+    worker = await RedactionPool(wiring.worker_options(setup), setup.config.model.processes).__aenter__()
+    stack.push_async_callback(worker.close)
     pipeline = Pipeline(
         identity=identity,
         policy=setup.policy,
@@ -126,24 +127,23 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack) -> Parts:
     fixes = Fixes(wiring.fix_readers(setup), history)
     inward = Inward(line=line, committer=committer, fixes=fixes, board=board)
     registration = setup.config.vehicle.registration
-    key_id = signer.key_id if signer else None
 
     def policy() -> Policy:
         return line.pipeline.policy
 
+    def uplink(options: UplinkOptions) -> Uplink:
+        return Uplink(options, policy, registration, committer, board, again=reloader.resolver.again)
+
+    reloader = Reloader(setup, inward, worker, UplinkGroup(board, uplink), reload)
+    stack.push_async_callback(lambda: reloader.worker.close())  # noqa: PLW0108 - the one that runs then
     alive = _alive(setup, identity.boot_id)
     return Parts(
         setup=setup,
         boot_id=identity.boot_id,
-        worker=worker,
         committer=committer,
         fixes=fixes,
         intakes={options.name: Intake(options, inward, alive.get(options.name)) for options in wiring.intakes(setup)},
-        uplinks={
-            name: Uplink(wiring.uplink(setup, name, key_id), policy, registration, committer, board)
-            for name in setup.policy.endpoints
-        },
-        resolver=Resolver(inward),
+        reloader=reloader,
         line=line,
         watchdog=systemd.Watchdog(),
         beacon=Beacon(told) if (told := wiring.beacon(setup)) else None,
@@ -172,8 +172,9 @@ def _alive(setup: Setup, boot_id: str) -> dict[str, int]:
     return {name: session["alive_ns"] for name, session in sessions.items() if session.get("alive_ns") is not None}
 
 
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
+def _on_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """What is set to stop (a second signal exits at once), and what is set to reload."""
+    stop, reload = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
         if stop.is_set():
@@ -182,7 +183,8 @@ def _stop_on_signals() -> asyncio.Event:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    return stop
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)
+    return stop, reload
 
 
 async def _run_until(stop: asyncio.Event, parts: Parts) -> None:
@@ -192,9 +194,11 @@ async def _run_until(stop: asyncio.Event, parts: Parts) -> None:
         def start(name: str, loop: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
             return group.create_task(loop, name=name)
 
+        reloader = parts.reloader
+        await reloader.begin(start)
         inward = [start(f"intake-{name}", intake.run_loop()) for name, intake in parts.intakes.items()]
-        outward = [start(f"uplink-{name}", uplink.run_loop()) for name, uplink in parts.uplinks.items()]
-        outward.append(start("resolver", parts.resolver.run_loop()))
+        inward.append(start("reload", reloader.run_loop(start)))
+        outward = [start("resolver", reloader.resolver.run_loop()), start("review", reloader.review_loop())]
         outward.append(start("sweep", _sweep_loop(parts)))
         outward.append(start("status", _status_loop(parts)))
         if parts.beacon is not None:
@@ -207,6 +211,7 @@ async def _run_until(stop: asyncio.Event, parts: Parts) -> None:
         for task in inward:
             task.cancel()
         await _drain(parts)
+        reloader.uplinks.cancel()
         for task in outward:
             task.cancel()
     await _write_status(parts)
@@ -215,7 +220,7 @@ async def _run_until(stop: asyncio.Event, parts: Parts) -> None:
 async def _drain(parts: Parts) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(parts.setup.config.limits.drain_s):
-            await asyncio.gather(*(uplink.drain() for uplink in parts.uplinks.values()))
+            await parts.reloader.uplinks.drain()
 
 
 async def _sweep_loop(parts: Parts) -> None:
@@ -249,13 +254,15 @@ async def _write_status(parts: Parts, lag_s: float = 0.0) -> None:
         "pid": os.getpid(),
         "boot_id": parts.boot_id,
         "time_ns": time.time_ns(),
-        "policy": parts.setup.policy.version,
-        "model": vitals.of_worker(parts.worker),
+        "policy": parts.reloader.setup.policy.version,
+        "serial": parts.reloader.setup.policy.config.serial,
+        "reload": parts.reloader.as_dict(),
+        "model": vitals.of_worker(parts.reloader.worker),
         "process": vitals.of_process() | {"lag_seconds": lag_s, "watchdog_fed": parts.watchdog.fed},
         "fixes": vitals.of_fixes(parts.fixes),
         "holds": dict(parts.line.holds),
         "sessions": vitals.of_intakes(parts.intakes),
-        "endpoints": vitals.of_uplinks(parts.uplinks),
+        "endpoints": vitals.of_uplinks(parts.reloader.uplinks.running),
         **ledger,
     }
     parts.publish_status(content)

@@ -64,9 +64,12 @@ def table(content: Mapping[str, Any], now_ns: int) -> str:
     counts = content["counts"]
     lines = [
         f"agent       {_agent(content)}",
-        f"policy      {content.get('policy', 'unknown')}",
+        f"policy      {_policy(content)}",
         f"model       {_model(content.get('model', {}))}",
     ]
+    if content.get("reload", {}).get("error"):
+        reasons = content["reload"]["error"].replace("\n", "\n            ")
+        lines.append(f"reload      REFUSED, the old configuration holds:\n            {reasons}")
     if content.get("stalled"):
         lines.append(f"disk        TAKES NO RECORDS: {content['stalled']}")
     if content["running"]:
@@ -108,6 +111,12 @@ def _queue(counts: Mapping[str, Any], state: str, now_ns: int) -> str:
 def _mostly(durations: Mapping[str, Any], what: str) -> str:
     bound = within(durations, 0.95)
     return f", 95 % {what} within {bound} s" if bound else ""
+
+
+def _policy(content: Mapping[str, Any]) -> str:
+    serial = f", serial {content['serial']}" if content.get("serial") else ""
+    again = ", records are being decided again" if content.get("reload", {}).get("deciding_again") else ""
+    return f"{content.get('policy', 'unknown')}{serial}{again}"
 
 
 def _model(model: Mapping[str, Any]) -> str:

@@ -66,6 +66,7 @@ def worker_options(setup: Setup) -> WorkerOptions:
     model = setup.config.model
     return WorkerOptions(
         manifest=setup.manifest_path,
+        manifest_sha256=setup.manifest_digest,
         threads=model.threads,
         timeout_s=model.timeout_s,
         memory_bytes=model.memory_bytes,

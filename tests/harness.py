@@ -161,8 +161,8 @@ class Car:
         return self.client.publish("vehicle/telemetry/speed", json.dumps({"n": number, "ts": time.time(), **more}))
 
     def status(self):
-        setup = assembly.load(self.config)
-        return status.gather(setup.ledger_path, setup.status_path)
+        folder = self.folder / "state"
+        return status.gather(folder / assembly.LEDGER_FILE, folder / assembly.STATUS_FILE)
 
     def counts(self):
         return self.status()["counts"]

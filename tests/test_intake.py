@@ -12,6 +12,7 @@ from agent.board import Board
 from agent.errors import LedgerCorruptError
 from agent.intake import intake
 from agent.intake.intake import Fixes, Intake, IntakeOptions, Inward
+from agent.intake.turns import Turns
 from agent.intake.waiting import FOREVER_NS
 from agent.mqtt import backoff
 from agent.mqtt.packets import Session
@@ -31,6 +32,7 @@ class Line:
 
     def __init__(self):
         self.seen, self.gates = [], {}
+        self.turns = Turns()
 
     async def entry(self, message, key):
         self.seen.append(message)

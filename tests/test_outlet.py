@@ -101,9 +101,9 @@ def test_clearance_cannot_be_carried_over_to_another_record_or_endpoint():
     assert not hasattr(cleared, "seal")
 
 
-def test_only_the_outlet_the_intake_marker_and_the_presence_make_a_publish():
+def test_only_the_outlet_the_intake_marker_the_beacon_and_the_presence_make_a_publish():
     users = {name for name, names in modules() if "Outgoing" in names}
-    assert users - TRANSPORT == {"outlet", "intake", "presence"}
+    assert users - TRANSPORT == {"outlet", "intake", "presence", "beacon"}
     assert {name for name, names in modules() if "_SEAL" in names} == {"policy"}
     assert {name for name, names in modules() if "dial" in names} == {"egress", "uplink"}
 

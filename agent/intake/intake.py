@@ -245,17 +245,23 @@ class Intake:
         key = self._key(delivery)
         if delivery.dup and key is not None and self._inward.committer.ledger.recorded(key):
             return
+        async with self._inward.line.turns.deciding():
+            entry = await self._committed(message, key)
+        self.durable.observe((boot_ns() - message.monotonic_ns) / SECOND)
+        if isinstance(entry, Store):
+            self._inward.board.wake(entry.record.route)
+            if entry.record.state is State.HELD:
+                self._inward.fixes.arrived.set()  # a fix may have come between the decision and the commit
+
+    async def _committed(self, message: Message, key: IntakeKey | None) -> Store | Refused:
+        """What has become of the message, durable."""
         entry = await self._inward.line.entry(message, key)
         try:
             await self._inward.committer.submit(entry)
         except LedgerEntryError:
             entry = Refused(reason="internal.error", time_ns=time.time_ns(), intake=key)
             await self._inward.committer.submit(entry)
-        self.durable.observe((boot_ns() - message.monotonic_ns) / SECOND)
-        if isinstance(entry, Store):
-            self._inward.board.wake(entry.record.route)
-            if entry.record.state is State.HELD:
-                self._inward.fixes.arrived.set()  # a fix may have come between the decision and the commit
+        return entry
 
     def _key(self, delivery: Delivery) -> IntakeKey | None:
         if delivery.qos == 0:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from agent.errors import RefusedError
+from agent.intake.turns import Turns
 from agent.messages import Hold, Message, Redaction
 from agent.pipeline import Pipeline, Plan, Stamp
 from agent.places.positions import WallClock
@@ -61,14 +62,15 @@ class Numbering:
 class Line:
     """Turns messages into ledger entries. Nothing that is raised on the way lets a message out.
 
-    `holds` counts by reason the records that began held.
+    `pipeline` and `redactor` may be replaced in `turns.alone()`. `holds` counts by reason the records that began held.
     """
 
     def __init__(self, pipeline: Pipeline, redactor: Redactor, numbering: Numbering) -> None:
         self.pipeline = pipeline
         self.numbering = numbering
+        self.redactor = redactor
+        self.turns = Turns()
         self.holds: Counter[str] = Counter()
-        self._redactor = redactor
         self._clock = WallClock()
 
     async def entry(self, message: Message, key: IntakeKey | None) -> Store | Refused:
@@ -84,7 +86,7 @@ class Line:
             return self._refused(message, "internal.error", key)
 
     async def _redact(self, plan: Plan) -> tuple[bytes, Redaction]:
-        clean = await self._redactor.redact(plan.message.payload, plan.message.content_type)
+        clean = await self.redactor.redact(plan.message.payload, plan.message.content_type)
         redaction = Redaction(counts=clean.counts, pictures=clean.pictures, model_digest=clean.model_digest)
         return clean.payload, redaction
 

@@ -7,9 +7,11 @@ What an uplink has claimed is left to that uplink, which asks here when the poli
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 
 from agent.errors import EnvelopeError, LedgerStalledError
 from agent.intake.intake import Inward
@@ -44,29 +46,36 @@ class Resolver:
         after = 0
         while rows := await self._inward.committer.call(lambda ledger: ledger.held(limit=PAGE, after=after)):  # noqa: B023 - awaited at once
             after = rows[-1].key
-            await self._change(rows, self._narrowed)
+            async with self._inward.line.turns.deciding():
+                await self._change(rows, self._narrowed)
 
     async def review(self) -> int:
         """Decide again about every record that is in the car now; how many changed. Safe to cancel and repeat."""
-        return await self._all(self.again)
+        return await self._all(self.again, self._inward.line.turns.deciding)
 
     async def give_up(self, regions: Collection[str]) -> int:
-        """Refuse every record that carries one of these regions, whose names mean something else now; how many."""
+        """Refuse every record that carries one of these regions, whose names mean something else now; how many.
+
+        To be called while nothing is decided and nothing is claimed.
+        """
 
         def entry(record: Record) -> Entry | None:
             if set(regions).isdisjoint(record.regions):
                 return None
             return Withdrawn(id=record.id, reason="region.redefined", time_ns=time.time_ns())
 
-        return await self._all(entry)
+        return await self._all(entry, contextlib.nullcontext)
 
-    async def _all(self, decide: Callable[[Record], Entry | None]) -> int:
+    async def _all(
+        self, decide: Callable[[Record], Entry | None], turn: Callable[[], AbstractAsyncContextManager[None]]
+    ) -> int:
         """Page by page, up to the record that is the last one now: what comes later is decided as it comes."""
         after, last, changed = 0, self._inward.committer.ledger.last_key, 0
         while after < last:
             rows = await self._inward.committer.call(lambda ledger: ledger.spooled(limit=PAGE, after=after))  # noqa: B023 - as above
             after = rows[-1].key if rows else last
-            changed += await self._change(rows, decide)
+            async with turn():
+                changed += await self._change(rows, decide)
         return changed
 
     async def _change(self, rows: Sequence[Spooled], decide: Callable[[Record], Entry | None]) -> int:

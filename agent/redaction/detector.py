@@ -40,9 +40,12 @@ class Detector:
     far: bool = False
 
     @staticmethod
-    def open(manifest: Path, *, threads: int = 1, far: bool = False) -> Detector:
-        """The detector of a manifest; ModelError where file, hash, input or output is not what the manifest says."""
-        described = read_manifest(manifest)
+    def open(manifest: Path, *, threads: int = 1, far: bool = False, sha256: str = "") -> Detector:
+        """The detector of a manifest; ModelError where file, hash, input or output is not what the manifest says.
+
+        `sha256`: of the manifest itself, where only this very one will do.
+        """
+        described = read_manifest(manifest, sha256)
         data = _verified(manifest.parent / described.model, described.sha256)
         try:
             session = onnxruntime.InferenceSession(data, _options(threads), providers=["CPUExecutionProvider"])

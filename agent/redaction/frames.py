@@ -17,6 +17,7 @@ class Setup(Struct, frozen=True, kw_only=True):
 
     factory: str
     manifest: str
+    manifest_sha256: str
     threads: int
     nice: int
     timeout_s: float

@@ -6,6 +6,7 @@ Unknown keys are mistakes. Anyone's detector can be brought by a manifest; its o
 
 from __future__ import annotations
 
+import hashlib
 import re
 from enum import StrEnum
 from pathlib import Path, PurePath
@@ -67,10 +68,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     measured: dict[str, object] = msgspec.field(default_factory=dict)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a file; ModelError says what is wrong with it."""
+def read_manifest(path: Path, sha256: str = "") -> Manifest:
+    """The manifest of a file, with this SHA-256 if one is given; ModelError says what is wrong with it."""
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        data = path.read_bytes()
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            message = f"{path}: the manifest is not the one that was accepted"
+            raise ModelError(message)
+        manifest = msgspec.json.decode(data, type=Manifest)
     except OSError as exc:
         message = f"{path}: the manifest cannot be read: {exc.strerror or exc}"
         raise ModelError(message) from exc

@@ -16,9 +16,13 @@ from agent.redaction.worker import RedactionWorker, WorkerOptions
 
 
 class RedactionPool:
-    """`async with` starts and ends the processes. What is said of several: the worst of what each says."""
+    """`async with` starts and ends the processes. What is said of several: the worst of what each says.
+
+    `made_of` are the options and the number of processes.
+    """
 
     def __init__(self, options: WorkerOptions, processes: int) -> None:
+        self.made_of = options, processes
         self.redactions, self.starts = Histogram(WORK_SECONDS), Histogram(WORK_SECONDS)
         self._workers = [RedactionWorker(options) for _ in range(processes)]
         for worker in self._workers:
@@ -61,6 +65,11 @@ class RedactionPool:
         """Why the last start of one failed; empty where none did."""
         return next((worker.error for worker in self._workers if worker.error), "")
 
+    @property
+    def detail(self) -> str:
+        """More about `error`."""
+        return next((worker.detail for worker in self._workers if worker.error), "")
+
     async def __aenter__(self) -> Self:
         """Start all processes; a failure does not raise here, it refuses payloads."""
         try:
@@ -76,6 +85,10 @@ class RedactionPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End all processes."""
+        await self.close()
+
+    async def close(self) -> None:
+        """End all processes; there are no others after them. Idempotent."""
         await self._stack.aclose()
 
     async def redact(self, payload: bytes, content_type: str | None = None) -> RedactedPayload:

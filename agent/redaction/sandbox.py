@@ -105,7 +105,8 @@ def _open(setup: Setup) -> Detects:
     factory: Callable[..., Detects] = importlib.import_module(module)  # type: ignore[assignment]
     for name in path.split("."):
         factory = getattr(factory, name)
-    return factory(Path(setup.manifest), threads=setup.threads)
+    known = {"sha256": setup.manifest_sha256} if setup.manifest_sha256 else {}
+    return factory(Path(setup.manifest), threads=setup.threads, **known)
 
 
 def _warm_up(setup: Setup, detector: Detects) -> None:

@@ -51,11 +51,13 @@ PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 class WorkerOptions:
     """Which model, and what one payload may cost.
 
-    `factory` is `module:callable`, called with (manifest, threads=). `memory_bytes` limits the address space. After
+    `factory` is `module:callable`, called with (manifest, threads=), and with sha256= where `manifest_sha256` says that
+    only this very manifest will do. `memory_bytes` limits the address space. After
     `unload_after_s` without a picture the process is ended; 0: never.
     """
 
     manifest: Path
+    manifest_sha256: str = ""
     factory: str = "agent.redaction.detector:Detector.open"
     threads: int = 1
     nice: int = 5
@@ -71,6 +73,7 @@ class WorkerOptions:
         return Setup(
             factory=self.factory,
             manifest=str(self.manifest),
+            manifest_sha256=self.manifest_sha256,
             threads=self.threads,
             nice=self.nice,
             timeout_s=self.timeout_s,

@@ -279,6 +279,10 @@ class Ledger:
             if drop is not None:
                 transaction.drop_audit(*drop, time_ns)
 
+    def seal_with(self, sign: Callable[[bytes], bytes] | None) -> None:
+        """Sign the audit head with another key from now on."""
+        self._sealer.sign = sign
+
     def close(self) -> None:
         """Seal the audit chain and close the files; the ledger is not used afterwards."""
         try:

@@ -29,7 +29,7 @@ class Sealer:
 
     def __init__(self, path: Path, sign: Callable[[bytes], bytes] | None, interval_s: float) -> None:
         self._path = path
-        self._sign = sign
+        self.sign = sign
         self._interval_s = interval_s
         self._due = 0.0
         self.sealed = 0
@@ -51,7 +51,7 @@ class Sealer:
         if head.n == self.sealed or not (now or time.monotonic() >= self._due):
             return
         seal = Seal(head=head, time_ns=time.time_ns())
-        signature = self._sign(seal.signed_bytes()) if self._sign else b""
+        signature = self.sign(seal.signed_bytes()) if self.sign else b""
         fields = {"n": head.n, "hash": head.digest.hex(), "time_ns": seal.time_ns, "signature": signature.hex()}
         write_synced(beside(self._path, ".seal"), msgspec.json.encode(fields, order="sorted") + b"\n")
         self.sealed, self._due = head.n, time.monotonic() + self._interval_s

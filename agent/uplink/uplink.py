@@ -32,7 +32,7 @@ from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Puback, Session
 from agent.policy import Policy
 from agent.store.committer import Committer
-from agent.store.entries import Delivered, Entry, Rejected, Withdrawn
+from agent.store.entries import Delivered, Entry, Redecided, Rejected, Withdrawn
 from agent.uplink.egress import PeerRules, dial
 from agent.uplink.flights import Flight, Flights
 from agent.uplink.outlet import Outlet
@@ -75,20 +75,24 @@ class Uplink:
     `delivered`: from a record's making, just before its commit, until the endpoint's PUBACK; by the wall clock.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what every uplink shares, and one with its default
         self,
         options: UplinkOptions,
         policy: Callable[[], Policy],
         registration: str,
         committer: Committer,
         board: Board,
+        *,
+        again: Callable[[Record], Entry | None] = lambda _: None,
     ) -> None:
+        """`again` says what becomes of a record that the policy no longer lets go here; None: it is withdrawn."""
         self.connected = False
         self.last_error = ""
         self.published = 0
         self.resent = 0
         self.delivered = Histogram(WAIT_SECONDS)
-        self._options = options
+        self.options = options
+        self._again = again
         self._policy = policy
         self._registration = registration
         self._committer = committer
@@ -136,14 +140,14 @@ class Uplink:
 
     def _fail(self, reason: str) -> None:
         if reason != self.last_error:
-            log.warning("uplink.lost", extra={"endpoint": self._options.name, "reason": reason})
+            log.warning("uplink.lost", extra={"endpoint": self.options.name, "reason": reason})
         self.last_error = reason
-        self._board.down.add(self._options.name)
+        self._board.down.add(self.options.name)
         self._board.wake(self._board.stored)
 
     async def _needed(self) -> None:
         """Return once a record waits for this endpoint, and it may be connected to from here."""
-        name, board = self._options.name, self._board
+        name, board = self.options.name, self._board
         while True:
             self._wake.clear()
             if not board.reachable(name):
@@ -156,10 +160,10 @@ class Uplink:
 
     async def _serve(self) -> None:
         await self._needed()
-        presence, session = self._presence(), self._options.session
+        presence, session = self._presence(), self.options.session
         if presence is not None:
             session = replace(session, will=presence.will(time.time_ns()))
-        connection = await dial(self._options.peer, session, next(self._attempts))
+        connection = await dial(self.options.peer, session, next(self._attempts))
         reason = "given up"
         try:
             self._up()
@@ -182,8 +186,8 @@ class Uplink:
         self.connected = True
         self.last_error = ""
         if not self._patience.doubted:
-            self._board.down.discard(self._options.name)
-        log.info("uplink.connected", extra={"endpoint": self._options.name})
+            self._board.down.discard(self.options.name)
+        log.info("uplink.connected", extra={"endpoint": self.options.name})
 
     def _release(self) -> None:
         """What is still in flight on a lost connection is pending again."""
@@ -194,11 +198,11 @@ class Uplink:
         self._idle.set()
 
     def _presence(self) -> Presence | None:
-        asked = self._options.presence
+        asked = self.options.presence
         return None if asked is None else Presence(asked, self._policy().version, self._committer.ledger.counts)
 
     async def _pump_loop(self, connection: Connection, presence: Presence | None) -> None:
-        options = self._options
+        options = self.options
         shares = Shares(options.backlog_bytes_per_s, time.monotonic())
         supply = Supply(options.name, self._committer, self._board, self._patience, shares)
         outlet = self._outlet(connection)
@@ -221,7 +225,7 @@ class Uplink:
         raise EndpointError(connection.closed.result())
 
     def _window(self, connection: Connection) -> int:
-        return self._patience.window(min(self._options.in_flight, connection.receive_maximum), time.monotonic())
+        return self._patience.window(min(self.options.in_flight, connection.receive_maximum), time.monotonic())
 
     def _may_send(self, connection: Connection) -> bool:
         if self._draining or connection.closed.done() or len(self._flights) >= self._window(connection):
@@ -229,15 +233,15 @@ class Uplink:
         return not self._flights or (connection.unsent < UNSENT_BYTES and self._flights.bytes < IN_FLIGHT_BYTES)
 
     def _outlet(self, connection: Connection) -> Outlet:
-        options = self._options
+        options = self.options
         return Outlet(
             connection, endpoint=options.name, vehicle=options.vehicle, topic=options.topic, wire=options.wire
         )
 
     async def _send(self, connection: Connection, outlet: Outlet, record: Record) -> None:
-        cleared = self._policy().clear(record, self._options.name, self._registration)
+        cleared = self._policy().clear(record, self.options.name, self._registration)
         if cleared is None:
-            await self._withdraw(record, "policy.withdrawn")
+            await self._decide_again(record)
             return
         try:
             future = outlet.publish(cleared, time.time_ns())
@@ -248,6 +252,15 @@ class Uplink:
         self._flights.add(future, Flight(record=record, goal=connection.goal()), time.monotonic())
         self._idle.clear()
         future.add_done_callback(self._on_puback)
+
+    async def _decide_again(self, record: Record) -> None:
+        entry = self._again(record)
+        if entry is None:
+            await self._withdraw(record, "policy.withdrawn")
+            return
+        await self._committer.submit(entry)
+        self._board.claimed.discard(record.id)
+        self._board.wake(entry.record.route if isinstance(entry, Redecided) else ())
 
     async def _withdraw(self, record: Record, reason: str) -> None:
         await self._committer.submit(Withdrawn(id=record.id, reason=reason, time_ns=time.time_ns()))
@@ -262,20 +275,20 @@ class Uplink:
         if not self._flights:
             self._idle.set()
         if puback.accepted:
-            self._patience.accepted(record.id, self._options.in_flight)
-            self._board.down.discard(self._options.name)
+            self._patience.accepted(record.id, self.options.in_flight)
+            self._board.down.discard(self.options.name)
         elif puback.code in RETRY_LATER:
             self._patience.deferred(record.id, time.monotonic())
-            self._board.down.add(self._options.name)
+            self._board.down.add(self.options.name)
             self._board.wake(record.route)
         self._wake.set()
-        task = asyncio.create_task(self._settle(record, puback), name=f"settle-{self._options.name}")
+        task = asyncio.create_task(self._settle(record, puback), name=f"settle-{self.options.name}")
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
 
     async def _settle(self, record: Record, puback: Puback) -> None:
         """Write down what the endpoint said; only then may another uplink look at the record."""
-        name, now_ns = self._options.name, time.time_ns()
+        name, now_ns = self.options.name, time.time_ns()
         entry: Entry | None = None
         if puback.accepted:
             self.published += 1
@@ -303,8 +316,8 @@ class Uplink:
         """Raise the reason to give the connection up, if there is one."""
         if self._broken is not None:
             raise self._broken
-        stuck = self._flights.stuck(time.monotonic(), connection.acknowledged(), self._options.ack_timeout_s)
+        stuck = self._flights.stuck(time.monotonic(), connection.acknowledged(), self.options.ack_timeout_s)
         if stuck is not None:
             raise EndpointError(stuck)
-        if not self._board.reachable(self._options.name):
+        if not self._board.reachable(self.options.name):
             raise EndpointError("not to be reached from where the vehicle is now")
