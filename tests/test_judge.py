@@ -167,5 +167,5 @@ def test_constant_area_counts_as_covered_and_noise_does_not():
 
 
 def test_every_crop_is_told_from_every_other_one():
-    thumbnails = [thumbnail(one.payload) for one in messages(BUNDLED) if one.topic == "vehicle/camera/front"]
+    thumbnails = np.array([thumbnail(one.payload) for one in messages(BUNDLED) if one.topic == "vehicle/camera/front"])
     assert [nearest(one, thumbnails) for one in thumbnails] == list(range(len(thumbnails)))

@@ -7,6 +7,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from tools.__main__ import main
 from tools.brokers import mosquitto_path
 from tools.demo import BUNDLED
 from tools.expectations import UNKNOWN, Check, ExpectationError, checks, permits_of, read_expectations
@@ -126,8 +127,13 @@ def test_speed_limit_of_the_car_grows_with_the_replay_up_to_what_the_agent_takes
     assert _agent({}, 0.5, None)["motion"]["max_speed_mps"] == 70
 
 
+def ways(kept):
+    """Where every message went."""
+    return {(one.topic, one.second): (one.brokers, one.tag) for one in kept.events}
+
+
 @pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
-def test_command_runs_the_agent_and_tells_a_kept_expectation_from_a_broken_one(tmp_path):
+def test_command_tells_a_kept_expectation_from_a_broken_one_and_offline_decides_as_the_running_agent_does(tmp_path):
     (tmp_path / "policy.toml").write_text(toml_text(policy_values()))
     (tmp_path / "expect.toml").write_text(
         '[[reach]]\ntopic = "vehicle/telemetry/#"\nendpoint = "cn"\nat_least = 10\n'
@@ -136,6 +142,7 @@ def test_command_runs_the_agent_and_tells_a_kept_expectation_from_a_broken_one(t
     options = ("--policy", tmp_path / "policy.toml", "--expect", tmp_path / "expect.toml", "--out", tmp_path / "run")
     options += ("--junit", tmp_path / "junit.xml", "--speed", "5", "--to", "40", "--without", "vehicle/camera/front")
     command = [sys.executable, "-m", "tools", "verify", BUNDLED, *options, "--quiet"]
+    offline = [*options[:4], "--out", tmp_path / "offline", "--to", "40", "--without", "vehicle/camera/front"]
     done = subprocess.run(
         [str(one) for one in command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
@@ -146,6 +153,9 @@ def test_command_runs_the_agent_and_tells_a_kept_expectation_from_a_broken_one(t
         "reach vehicle/telemetry/# at cn": True,
         "reach # at hk": False,
     }
-    assert load(tmp_path / "run").counts["delivered"] > 10
+    kept = load(tmp_path / "run")
+    assert kept.counts["delivered"] > 10
+    assert main(["verify", *(str(one) for one in [BUNDLED, *offline, "--offline", "--quiet"])]) == 1
+    assert ways(load(tmp_path / "offline")) == ways(kept)
     again = subprocess.run([str(one) for one in command], cwd=ROOT, capture_output=True, timeout=120, check=False)
     assert again.returncode == 3

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from tools import calls
+from tools.signals import interruptible
 
 COMMANDS = {
     "demo": "replay the bundled drive through the agent and judge the outcome",
@@ -50,10 +51,11 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is the command's own, 2 for wrong usage."""
+    """Run one command; the exit status is the command's own, 2 for wrong usage, 130 where a signal interrupted it."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parser(next((word for word in argv if word in COMMANDS), None)).parse_args(argv)
-    return int(arguments.run(arguments))
+    chosen = next((word for word in argv if word in COMMANDS), None)
+    arguments = parser(chosen).parse_args(argv)
+    return interruptible(str(chosen), lambda: int(arguments.run(arguments)))
 
 
 if __name__ == "__main__":

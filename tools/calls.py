@@ -54,6 +54,7 @@ HELP = {
         examples=(
             "verify drive.mcap --policy policy.toml",
             "verify drive.mcap --policy policy.toml --expect expect.toml --out run --junit result.xml",
+            "verify --archive drives/ --policy policy.toml --expect expect.toml --out results",
         ),
         failed="a check did not pass",
         more=TROUBLE | INTERRUPTED,

@@ -29,7 +29,7 @@ from tools.trial import BROKERS, Setting, Trial, TrialError, conduct
 
 BUNDLED = Path(__file__).parent / "drives" / "shenzhen-hong-kong.mcap"
 MAX_SPEEDUP = 20.0  # the agent's configuration takes no car for faster than 1000 m/s
-FAILED_STATUS, USAGE_STATUS, TROUBLE_STATUS, INTERRUPTED_STATUS = 1, 2, 3, 130
+FAILED_STATUS, USAGE_STATUS, TROUBLE_STATUS = 1, 2, 3
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,9 +99,6 @@ def run(arguments: argparse.Namespace) -> int:
     except (AgentError, OSError) as exc:
         print(f"demo: {exc}", file=sys.stderr)
         return TROUBLE_STATUS
-    except KeyboardInterrupt:
-        print("demo: interrupted; everything that it started has ended", file=sys.stderr)
-        return INTERRUPTED_STATUS
     keep(folder, setting, sent, trial, verdict)
     show(console, verdict, trial.status["counts"], trial.outcome)
     line = f"{trial.seconds:.0f} s in all. Files: {folder} (`residency-tools report` makes a page of them)"

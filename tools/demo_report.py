@@ -15,7 +15,7 @@ from tools.replay import Outcome
 SHOWN_PROBLEMS = 20
 
 
-def show(console: Console, verdict: Verdict, counts: Mapping[str, Any], outcome: Outcome) -> None:
+def show(console: Console, verdict: Verdict, counts: Mapping[str, Any], outcome: Outcome | None) -> None:
     """Print the tables and the verdict."""
     _say(console, "[bold]What the agent did, by region of capture[/bold]")
     console.print(_regions(counts))
@@ -27,8 +27,9 @@ def show(console: Console, verdict: Verdict, counts: Mapping[str, Any], outcome:
     covered = ", ".join(f"{label} {hits}/{total}" for label, (hits, total) in verdict.recall().items())
     _say(console, f"Redacted in {len(verdict.pictures)} delivered pictures: {masked}.")
     _say(console, f"Labelled objects found covered: {covered or 'none labelled'}; the model card states its recall.")
-    late = f"{outcome.late_p50_ms:g} ms (p50), {outcome.late_p99_ms:g} ms (p99)"
-    _say(console, f"Sent {outcome.sent} messages, late by {late}; {verdict.repeated} repeated deliveries.")
+    if outcome is not None:
+        late = f"{outcome.late_p50_ms:g} ms (p50), {outcome.late_p99_ms:g} ms (p99)"
+        _say(console, f"Sent {outcome.sent} messages, late by {late}; {verdict.repeated} repeated deliveries.")
     _verdict(console, verdict.problems)
 
 

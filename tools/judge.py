@@ -6,9 +6,10 @@ in its pictures. It asks the agent nothing but its counters.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,8 +97,9 @@ class Judge:
         self._permits = permits
         self._sent = sent
         self._by_digest = {_digest(one.payload): index for index, one in enumerate(sent)}
-        self._pictures = [index for index, one in enumerate(sent) if picture_format(one.payload)]
-        self._thumbnails: list[NDArray[np.int16]] = [pixels.thumbnail(sent[index].payload) for index in self._pictures]
+        shown = list(_thumbnails(sent))
+        self._pictures = [index for index, _ in shown]
+        self._thumbnails = np.array([small for _, small in shown], np.int16)
 
     def judge(self, seen: Iterable[Seen]) -> Verdict:
         """Look at every publication once; the counters are judged by `judge_counts`."""
@@ -161,6 +163,14 @@ class Judge:
                 hits=hits,
             )
         )
+
+
+def _thumbnails(sent: Sequence[Sent]) -> Iterator[tuple[int, NDArray[np.int16]]]:
+    """Every sent picture that can be decoded, by its index; the others can only arrive as they are, or not at all."""
+    for index, one in enumerate(sent):
+        if picture_format(one.payload):
+            with contextlib.suppress(UnidentifiedImageError, OSError, ValueError, SyntaxError):
+                yield index, pixels.thumbnail(one.payload)
 
 
 def claimed(summary: str) -> dict[str, int]:

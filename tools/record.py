@@ -9,13 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
@@ -27,6 +24,7 @@ from agent.errors import AgentError
 from tools.client import Address, add_address_arguments, address_of, connected, from_paho, new_client
 from tools.progress import progress
 from tools.recording import PROVENANCE, Recorded, RecordingWriter, messages
+from tools.signals import ended_by_signals
 from tools.stamps import DEFAULT_KEYS, stated_ns
 
 FLUSH_SECONDS = 0.5  # at most this much is lost when the power goes
@@ -168,7 +166,7 @@ def record(target: Path, address: Address, wanted: Wanted, *, quiet: bool) -> Su
     """Record into the file; SIGINT and SIGTERM end it as a limit does. Raises EndpointError, OSError."""
     part = target.with_name(f"{target.name}.part")
     begun = time.monotonic()
-    with part.open("wb") as stream, _ended_by_signals() as stopped:
+    with part.open("wb") as stream, ended_by_signals() as stopped:
         recorder = Recorder(stream=stream, limits=wanted.limits, keys=wanted.keys)
         client = new_client(address, f"residency-record-{os.getpid()}")
         client.on_message = recorder.on_message
@@ -212,18 +210,6 @@ def _index(part: Path, target: Path) -> None:
         for message in messages(part):
             writer.write(message)
     part.unlink()
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[threading.Event]:
-    stopped = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
-    try:
-        yield stopped
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _sentence(summary: Summary) -> str:

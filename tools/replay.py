@@ -6,12 +6,10 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,13 +23,13 @@ from tools.progress import progress
 from tools.recording import Recorded, messages
 from tools.schedule import Due, Options, due
 from tools.schemas import NANOSECONDS
+from tools.signals import INTERRUPTED_STATUS, ended_by_signals
 from tools.stamps import DEFAULT_KEYS, restamped
 
 IN_FLIGHT = 512  # publishes without PUBACK, or fewer where the broker says so; more of them wait here
 ACK_SECONDS = 30.0
 USAGE_STATUS = 2
 BROKEN_STATUS = 3
-INTERRUPTED_STATUS = 130  # 128 + SIGINT
 
 
 class ReplayError(AgentError):
@@ -180,21 +178,12 @@ def replay(path: Path, address: Address, options: Options, arguments: argparse.N
     with connected(client, address), progress(path.name, None, quiet=arguments.quiet) as advance:
         player = Player(client, fresh=arguments.fresh, keys=keys)
         count = itertools.count(1)
-        with _interruptible(player):
+        with ended_by_signals(player.stop):
             return player.play(
                 due(lambda: messages(path), options),
                 on_sent=lambda _message, one: advance(next(count), f"{one.at_s:.0f} s"),
                 paced=options.speed is not None,
             )
-
-
-@contextmanager
-def _interruptible(player: Player) -> Iterator[None]:
-    previous = signal.signal(signal.SIGINT, lambda *_: player.stop())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _options(arguments: argparse.Namespace) -> Options:

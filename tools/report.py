@@ -33,7 +33,7 @@ from tools.drawing import (
 from tools.judge import STATES
 from tools.run_file import PICTURES, Event, Picture, RunFile, load
 
-PAGE = Path(__file__).parent / "pages" / "report.html"
+PAGES = Path(__file__).parent / "pages"
 MOST_PICTURES = 12  # of the run, spread over it: each is 0.2 MB in the page
 COLOURS = 5  # classes c0 to c4 in the page
 TROUBLE_STATUS = 3
@@ -66,15 +66,16 @@ def page(kept: RunFile, pictures: Path) -> str:
     """Fill the template; raises OSError for a picture that is missing."""
     fates = _fates(kept.events)
     values = {
+        "style": style(),
         "title": escape(kept.title),
         "created": escape(kept.created[:19].replace("T", " ") + " UTC"),
         "verdict": "FAILED" if kept.problems else "PASSED",
         "verdict_class": "failed" if kept.problems else "passed",
         "provenance": _provenance(kept.provenance),
-        "problems": _list(kept.problems),
+        "problems": bullets(kept.problems),
         "equation": _equation(kept.counts),
         "regions": _regions(kept.counts),
-        "reasons": _list(f"refused: {name}: {count}" for name, count in _breakdown(kept, "refused", "reason")),
+        "reasons": bullets(f"refused: {name}: {count}" for name, count in _breakdown(kept, "refused", "reason")),
         "topic_options": "".join(f"<option>{escape(topic)}</option>" for topic in _topics(kept.events)),
         "fate_styles": "\n".join(_fate_style(index, fate) for index, fate in enumerate(fates) if fate != KEPT),
         "fate_boxes": "\n".join(_fate_box(index, fate) for index, fate in enumerate(fates)),
@@ -86,7 +87,12 @@ def page(kept: RunFile, pictures: Path) -> str:
         "histograms": _histograms(kept.events),
         "evidence": _evidence(kept),
     }
-    return Template(PAGE.read_text(encoding="utf-8")).substitute(values)
+    return Template((PAGES / "report.html").read_text(encoding="utf-8")).substitute(values)
+
+
+def style() -> str:
+    """What every page looks like."""
+    return (PAGES / "style.css").read_text(encoding="utf-8")
 
 
 def _fates(events: Iterable[Event]) -> list[str]:
@@ -121,7 +127,8 @@ def _provenance(found: Mapping[str, str]) -> str:
     return f"{kind}{': ' + rest if rest else ''}."
 
 
-def _list(lines: Iterable[str]) -> str:
+def bullets(lines: Iterable[str]) -> str:
+    """Lines as a list; nothing where there are none."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f"<ul>{items}</ul>" if items else ""
 
@@ -146,7 +153,7 @@ def _regions(counts: Mapping[str, Any]) -> str:
     rest = [counts[state] - sum(known.values()) for state, known in zip(STATES, by_state, strict=True)]
     if any(rest):
         rows.append(["(no region: never leaves)", *rest])
-    return _table(["captured in", *STATES], rows)
+    return table(["captured in", *STATES], rows)
 
 
 def _topic_table(events: Sequence[Event], fates: Sequence[str]) -> str:
@@ -154,10 +161,11 @@ def _topic_table(events: Sequence[Event], fates: Sequence[str]) -> str:
     sent = Counter(one.topic for one in events)
     rows = [[topic, sent[topic], *(counts[topic, fate] for fate in fates)] for topic in sorted(sent)]
     heads = ["stayed in the car" if fate == KEPT else f"reached {fate}" for fate in fates]
-    return _table(["topic", "sent", *heads], rows)
+    return table(["topic", "sent", *heads], rows)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table with one line of headings."""
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
@@ -232,7 +240,7 @@ def _evidence(kept: RunFile) -> str:
         "Audit log": kept.audit,
         "Policy": f"{kept.policy.get('version', '')}, SHA-256 {kept.policy.get('sha256', '')}",
         "Model": f"SHA-256 {kept.model}" if kept.model else "none was loaded",
-        "Replay": ", ".join(f"{name} {value:g}" for name, value in kept.replay.items()),
+        "Replay": ", ".join(f"{name} {value:g}" for name, value in kept.replay.items()) or "none: judged offline",
     }
     return "".join(
         f"<tr><th scope=row>{name}</th><td><code>{escape(text)}</code></td></tr>" for name, text in rows.items()

@@ -13,6 +13,7 @@ import msgspec
 from agent.errors import AgentError
 from tools.judge import Delivery, Sent, Verdict
 from tools.recording import PROVENANCE, contents, messages
+from tools.replay import Outcome
 from tools.schemas import NANOSECONDS, json_object
 from tools.stamps import rfc3339
 from tools.toml_text import toml_text
@@ -56,7 +57,10 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunFile(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a report shows. `track` is (second, latitude, longitude) of the fixes that were sent."""
+    """Everything that a report shows. `track` is (second, latitude, longitude) of the fixes that were sent.
+
+    `replay` is empty for an offline run.
+    """
 
     format: int
     title: str
@@ -76,7 +80,6 @@ class RunFile(msgspec.Struct, frozen=True, kw_only=True):
 def keep(folder: Path, setting: Setting, sent: Sequence[Sent], trial: Trial, verdict: Verdict) -> None:
     """Write run.json of a trial into its folder, and every delivered picture beside the one that was sent."""
     start_ns = min((one.recorded_ns for one in sent), default=0)
-    outcome = trial.outcome
     run = RunFile(
         format=FORMAT,
         title=setting.recording.name,
@@ -84,10 +87,10 @@ def keep(folder: Path, setting: Setting, sent: Sequence[Sent], trial: Trial, ver
         provenance=dict(contents(setting.recording).metadata.get(PROVENANCE, {})),
         problems=tuple(verdict.problems),
         counts=dict(trial.status["counts"]),
-        policy={"version": str(setting.policy["version"]), "sha256": _digest(setting.policy)},
+        policy={"version": str(setting.policy["version"]), "sha256": policy_digest(setting.policy)},
         model=str(trial.status.get("model", {}).get("digest", "")),
         audit=trial.audit,
-        replay={"sent": outcome.sent, "late_p50_ms": outcome.late_p50_ms, "late_p99_ms": outcome.late_p99_ms},
+        replay=_replay(trial.outcome),
         events=_events(sent, verdict, start_ns),
         track=_track(setting.recording, sent, start_ns),
         pictures=_pictures(verdict, start_ns),
@@ -114,7 +117,13 @@ def load(folder: Path) -> RunFile:
         raise RunFileError(message) from exc
 
 
-def _digest(policy: Mapping[str, Any]) -> str:
+def _replay(outcome: Outcome | None) -> dict[str, float]:
+    if outcome is None:
+        return {}
+    return {"sent": outcome.sent, "late_p50_ms": outcome.late_p50_ms, "late_p99_ms": outcome.late_p99_ms}
+
+
+def policy_digest(policy: Mapping[str, Any]) -> str:
     """SHA-256 of a policy's values, hex; the ports of the trial's brokers are not among them."""
     return hashlib.sha256(toml_text(policy).encode()).hexdigest()
 

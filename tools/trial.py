@@ -31,6 +31,7 @@ SETTLE_SECONDS = 40.0  # after the last message: pictures wait for the detector,
 KEPT_OF_AN_ENDPOINT = ("wire", "topic", "in_flight")
 AGENT_FILE, POLICY_FILE, LOG_FILE = "agent.toml", "policy.toml", "agent.log"
 
+Place = Mapping[str, object]  # host, port and protocol of a broker
 Sending = Callable[[Recorded, Recorded], None]
 
 
@@ -63,10 +64,13 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """How it went: the agent's last status, what the regional brokers received, how the replay kept its times."""
+    """How it went: the agent's last status, what the regional brokers received, how the replay kept its times.
+
+    `outcome` is None where nothing was replayed: the recording was judged offline.
+    """
 
     status: dict[str, Any]
-    outcome: Outcome
+    outcome: Outcome | None
     seen: list[Seen] = field(repr=False)
     others: list[Seen] = field(repr=False)
     audit: str
@@ -105,20 +109,25 @@ async def conduct(setting: Setting, on_sent: Sending) -> Trial:
 @asynccontextmanager
 async def stage(setting: Setting) -> AsyncIterator[Stage]:
     """Brokers, witnesses and a connected agent; raises AgentError where one of them does not start."""
-    folder = setting.folder
-    if folder.is_dir() and any(folder.iterdir()):
-        message = f"{folder}: wanted a new or an empty folder, so that no earlier run's state counts"
-        raise TrialError(message)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(setting.folder)
     start = BROKERS[setting.broker]
     async with AsyncExitStack() as stack:
         car = await stack.enter_async_context(start(folder=folder / "brokers" / "car"))
         names = list(setting.policy["endpoints"])
         regional = {name: await stack.enter_async_context(start(folder=folder / "brokers" / name)) for name in names}
         witnesses = {name: stack.enter_context(witness(name, address_of(broker))) for name, broker in regional.items()}
-        _write(setting, car, regional)
+        configure(setting, _place(car), {name: _place(broker) for name, broker in regional.items()})
         process = await stack.enter_async_context(agent(folder / AGENT_FILE, folder / LOG_FILE))
         yield Stage(car=address_of(car), witnesses=witnesses, agent=process)
+
+
+def new_folder(folder: Path) -> Path:
+    """Make the folder of a trial; raises TrialError where there is something in it."""
+    if folder.is_dir() and any(folder.iterdir()):
+        message = f"{folder}: wanted a new or an empty folder, so that no earlier run's state counts"
+        raise TrialError(message)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def address_of(broker: Broker) -> Address:
@@ -126,32 +135,37 @@ def address_of(broker: Broker) -> Address:
     return Address(port=broker.port, protocol="5" if broker.kind == "mosquitto" else "3.1.1")
 
 
-def _write(setting: Setting, car: Broker, regional: Mapping[str, Broker]) -> None:
-    """Write both files with our brokers in place of the real ones; other paths in them are left out or absolute."""
+def configure(setting: Setting, car: Place, regional: Mapping[str, Place]) -> Path:
+    """Write both files with our brokers in place of the real ones; other paths in them are left out or absolute.
+
+    The policy is another file than the one that may have been signed, so no signature is asked for. Returns agent.toml.
+    """
     given = setting.policy["endpoints"]
     endpoints = {
         name: {
             **{key: given[name][key] for key in KEPT_OF_AN_ENDPOINT if key in given[name]},
-            **_place(broker),
+            **place,
             "tls": False,
         }
-        for name, broker in regional.items()
+        for name, place in regional.items()
     }
-    policy = {**setting.policy, "endpoints": endpoints, "rules": _rules(setting.policy["rules"], address_of(car))}
-    vehicle = {**setting.agent, "broker": _place(car), "paths": {"policy": POLICY_FILE, "state": "state"}}
-    vehicle.pop("credentials", None)
+    policy = {**setting.policy, "endpoints": endpoints, "rules": _rules(setting.policy["rules"], car)}
+    vehicle = {**setting.agent, "broker": car, "paths": {"policy": POLICY_FILE, "state": "state"}}
+    for table in ("credentials", "trust"):
+        vehicle.pop(table, None)
     (setting.folder / POLICY_FILE).write_text(toml_text(policy), encoding="utf-8")
     (setting.folder / AGENT_FILE).write_text(toml_text(vehicle), encoding="utf-8")
+    return setting.folder / AGENT_FILE
 
 
-def _place(broker: Broker) -> dict[str, object]:
+def _place(broker: Broker) -> Place:
     address = address_of(broker)
     return {"host": address.host, "port": address.port, "protocol": address.protocol}
 
 
-def _rules(rules: list[dict[str, Any]], car: Address) -> list[dict[str, Any]]:
+def _rules(rules: list[dict[str, Any]], car: Place) -> list[dict[str, Any]]:
     """MQTT 3.1.1 drops properties: a rule that reads the capture time from one has to do with the arrival there."""
-    if car.protocol == "5":
+    if car["protocol"] == "5":
         return rules
     return [
         {key: value for key, value in rule.items() if key not in {"capture_time", "capture_unit"}}

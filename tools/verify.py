@@ -1,4 +1,7 @@
-"""`residency-tools verify`: judge a recording against a policy and expectations, with the real agent and real brokers.
+"""`residency-tools verify`: judge recordings against a policy and expectations.
+
+One recording with the real agent and real brokers, or `--offline` with the agent's code in this process; an archive of
+recordings offline, over the cores or a Dask cluster, into one table and one page.
 
 Made for the continuous integration of a vehicle programme: exit status 0 only if every check passes, a readable list of
 what was wanted and what was found, JUnit XML, and a run folder from which `report` and `compare` make pages and tables.
@@ -12,8 +15,9 @@ import re
 import sys
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -21,59 +25,30 @@ from xml.etree import ElementTree as ET
 import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from agent.errors import AgentError
-from tools.expectations import Check, ExpectationError, Expectations, checks, permits_of, read_expectations
-from tools.importing.truth import ATTACHMENT, Labelled, Truth
-from tools.judge import Judge, Sent, Verdict, judge_counts
-from tools.recording import Recorded, contents, messages
+from tools import archive, archive_page, archive_results, offline
+from tools.expectations import Check, ExpectationError, Expectations, read_expectations
 from tools.run_file import keep
 from tools.scene import agent_values
 from tools.schedule import Options
-from tools.schemas import NANOSECONDS
-from tools.trial import BROKERS, Setting, Trial, conduct
+from tools.trial import BROKERS, Setting, conduct
+from tools.verification import judged
 
 MOST_MPS = 1000.0  # the fastest car that the agent's configuration takes
 CAR_MPS = 70.0  # the agent's own default of motion.max_speed_mps
+SHOWN = 20  # recordings that did not pass; the table has them all
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # XML 1.0, 2.2: no characters
-FAILED_STATUS, USAGE_STATUS, TROUBLE_STATUS, INTERRUPTED_STATUS = 1, 2, 3, 130
-
-
-@dataclass(slots=True, kw_only=True)
-class TruthLog:
-    """What was sent, and where it was really captured as far as anybody says."""
-
-    expected: Expectations
-    truth: Truth | None
-    start_ns: int
-    sent: list[Sent] = field(default_factory=list)
-    objects: dict[tuple[str, int], Labelled] = field(init=False)
-
-    def __post_init__(self) -> None:
-        pictures = self.truth.pictures if self.truth else ()
-        self.objects = {(one.topic, one.capture_ns): one for one in pictures}
-
-    def note(self, message: Recorded, original: Recorded) -> None:
-        """Keep one message as it was sent; `original` is how it was recorded."""
-        second = (original.capture_ns - self.start_ns) / NANOSECONDS
-        labelled = self.objects.get((original.topic, original.capture_ns))
-        self.sent.append(
-            Sent(
-                topic=message.topic,
-                payload=message.payload,
-                country=self.expected.country_at(second, self.truth, original.capture_ns),
-                objects=labelled.objects if labelled else (),
-                recorded_ns=original.capture_ns,
-                captured_ns=message.capture_ns,
-            )
-        )
+FAILED_STATUS, USAGE_STATUS, TROUBLE_STATUS = 1, 2, 3
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to `residency-tools`."""
     parser = subparsers.add_parser("verify", help="judge a run against a policy and expectations", description=__doc__)
-    parser.add_argument("recording", type=Path)
+    parser.add_argument("recording", type=Path, nargs="?")
+    parser.add_argument("--archive", type=Path, metavar="DIR", help="every recording below it, offline, instead of one")
     parser.add_argument("--policy", type=Path, required=True, help="policy.toml; its endpoints become local brokers")
     parser.add_argument("--agent", type=Path, help="agent.toml; default: the topics of the bundled drive")
     parser.add_argument("--expect", type=Path, metavar="TOML", help="expectations; default: only what always holds")
@@ -86,6 +61,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--without", action="append", default=[], metavar="FILTER", help="topics to leave out")
     parser.add_argument("--kill-after", type=float, metavar="S", help="SIGKILL the agent S seconds after the start")
     parser.add_argument("--broker", choices=sorted(BROKERS), default="auto", help="default: mosquitto where installed")
+    parser.add_argument("--offline", action="store_true", help="drive the agent's code in this process, no brokers")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes for --archive, default: one per core")
+    parser.add_argument("--scheduler", default="", metavar="ADDRESS", help="Dask scheduler for --archive")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
     parser.set_defaults(run=run)
@@ -93,37 +71,50 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify; 0 all checks passed, 1 one failed, 2 wrong usage, 3 the run itself failed, 130 interrupted."""
-    folder = (arguments.out or Path("runs") / time.strftime("verify-%Y%m%d-%H%M%S")).absolute()
+    if (arguments.recording is None) == (arguments.archive is None):
+        print("verify: name one recording, or an archive with --archive", file=sys.stderr)
+        return USAGE_STATUS
     try:
         expected = read_expectations(arguments.expect)
-        setting = _setting(arguments, folder)
-        begun = time.monotonic()
-        done = list(asyncio.run(verify(setting, expected)))
+        return (_archive if arguments.archive else _one)(arguments, expected)
     except (ExpectationError, tomllib.TOMLDecodeError, KeyError) as exc:
         print(f"verify: {exc}", file=sys.stderr)
         return USAGE_STATUS
     except (AgentError, OSError) as exc:
         print(f"verify: {exc}", file=sys.stderr)
         return TROUBLE_STATUS
-    except KeyboardInterrupt:
-        print("verify: interrupted; everything that it started has ended", file=sys.stderr)
-        return INTERRUPTED_STATUS
+
+
+def _one(arguments: argparse.Namespace, expected: Expectations) -> int:
+    folder = (arguments.out or Path("runs") / time.strftime("verify-%Y%m%d-%H%M%S")).absolute()
+    setting = _setting(arguments, folder)
+    begun = time.monotonic()
+    done = asyncio.run(judged(setting, expected, offline.conduct if arguments.offline else conduct))
+    keep(folder, setting, done.sent, done.trial, done.verdict)
     if arguments.junit:
-        arguments.junit.write_bytes(junit(arguments.recording.name, done, time.monotonic() - begun))
-    _print(done, folder, as_json=arguments.json)
-    return 0 if all(one.passed for one in done) else FAILED_STATUS
+        arguments.junit.write_bytes(junit(arguments.recording.name, done.checks, time.monotonic() - begun))
+    _print(done.checks, folder, as_json=arguments.json)
+    return 0 if all(one.passed for one in done.checks) else FAILED_STATUS
 
 
-async def verify(setting: Setting, expected: Expectations) -> list[Check]:
-    """Conduct the trial, judge it, keep its files; raises AgentError where the trial itself fails. Safe to cancel."""
-    attached = contents(setting.recording).attachments.get(ATTACHMENT)
-    truth = Truth.decode(attached) if attached else None
-    start_ns = min((one.capture_ns for one in messages(setting.recording)), default=0)
-    log = TruthLog(expected=expected, truth=truth, start_ns=start_ns)
-    trial = await conduct(setting, log.note)
-    verdict = await asyncio.to_thread(_judge, log.sent, trial, setting)
-    keep(setting.folder, setting, log.sent, trial, verdict)
-    return list(checks(expected, log.sent, verdict))
+def _archive(arguments: argparse.Namespace, expected: Expectations) -> int:
+    """As for one recording; 3 where none failed, but some could not be judged."""
+    out = arguments.out or Path("runs") / f"archive-{arguments.archive.absolute().name}"
+    job = archive.job_of(_setting(arguments, out), expected)
+    out.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    with archive_results.Journal(out / archive_results.JOURNAL) as journal:
+        cluster = archive.Cluster(scheduler=arguments.scheduler, workers=arguments.workers)
+        quiet = arguments.quiet or arguments.json
+        results = archive.judge_archive(arguments.archive, journal, job, cluster, quiet=quiet)
+    archive_results.write_table(out / archive_results.TABLE, results)
+    archive_page.write(out / archive_page.PAGE, arguments.archive.absolute().name, results)
+    if arguments.junit:
+        checks = [archive_results.as_check(one) for one in results]
+        arguments.junit.write_bytes(junit(arguments.archive.name, checks, time.monotonic() - begun))
+    _print_archive(results, out, as_json=arguments.json)
+    outcomes = {one.outcome for one in results}
+    return FAILED_STATUS if "failed" in outcomes else TROUBLE_STATUS if "broken" in outcomes else 0
 
 
 def junit(name: str, done: Sequence[Check], seconds: float) -> bytes:
@@ -140,13 +131,6 @@ def junit(name: str, done: Sequence[Check], seconds: float) -> bytes:
     return bytes(ET.tostring(suite, encoding="utf-8", xml_declaration=True))
 
 
-def _judge(sent: list[Sent], trial: Trial, setting: Setting) -> Verdict:
-    verdict = Judge(sent, permits_of(setting.policy)).judge(trial.seen)
-    verdict.problems += judge_counts(trial.status["counts"], sent=len(sent), delivered=sum(verdict.arrived.values()))
-    verdict.problems += [] if trial.audit_intact else [f"audit: {trial.audit}"]
-    return verdict
-
-
 def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
     """Raises ExpectationError, OSError or TOMLDecodeError for what cannot be meant."""
     policy = _read(arguments.policy, {"borders": "geojson"})
@@ -155,13 +139,14 @@ def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
     if missing or arguments.speed <= 0:
         message = f"{arguments.policy}: no {missing[0]}" if missing else "--speed: wanted more than 0"
         raise ExpectationError(message)
+    speed = 1.0 if arguments.offline or arguments.archive else arguments.speed
     return Setting(
-        agent=_agent(given, arguments.speed, arguments.manifest),
+        agent=_agent(given, speed, arguments.manifest),
         policy=policy,
-        recording=arguments.recording,
+        recording=arguments.recording or arguments.archive,
         folder=folder,
         options=Options(
-            speed=arguments.speed,
+            speed=speed,
             start_s=arguments.start_s,
             end_s=arguments.end_s,
             without=tuple(arguments.without),
@@ -202,3 +187,17 @@ def _print(done: Sequence[Check], folder: Path, *, as_json: bool) -> None:
     console = Console()
     console.print(table)
     console.print(f"Files of this run: {folder}; `residency-tools report {folder}` makes a page of it.", soft_wrap=True)
+
+
+def _print_archive(results: Sequence[archive_results.Result], out: Path, *, as_json: bool) -> None:
+    outcomes = Counter[str](one.outcome for one in results)
+    numbers = {name: outcomes[name] for name in ("passed", "failed", "broken")}
+    if as_json:
+        print(msgspec.json.encode({"recordings": len(results), **numbers, "folder": str(out.absolute())}).decode())
+        return
+    console = Console()
+    for one in [one for one in results if one.outcome != "passed"][:SHOWN]:
+        console.print(f"[red]{one.outcome}[/red] {escape(one.recording)}: {escape(one.reason)}", soft_wrap=True)
+    hours = sum(one.drive_s for one in results) / 3600
+    told = ", ".join(f"{number} {name}" for name, number in numbers.items())
+    console.print(f"{len(results)} recordings, {hours:.1f} h: {told}. Table and page: {out}", soft_wrap=True)

@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from agent.errors import RefusedError
@@ -63,14 +63,22 @@ class Line:
     """Turns messages into ledger entries. Nothing that is raised on the way lets a message out.
 
     `pipeline` and `redactor` may be replaced in `turns.alone()`. `holds` counts by reason the records that began held.
+    `now_ns` is Unix time, a recording's where one is judged.
     """
 
-    def __init__(self, pipeline: Pipeline, redactor: Redactor, numbering: Numbering) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        redactor: Redactor,
+        numbering: Numbering,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         self.pipeline = pipeline
         self.numbering = numbering
         self.redactor = redactor
         self.turns = Turns()
         self.holds: Counter[str] = Counter()
+        self._now_ns = now_ns
         self._clock = WallClock()
 
     async def entry(self, message: Message, key: IntakeKey | None) -> Store | Refused:
@@ -91,7 +99,7 @@ class Line:
         return clean.payload, redaction
 
     def _store(self, plan: Plan, payload: bytes, redaction: Redaction | None, key: IntakeKey | None) -> Store:
-        held, now_ns = isinstance(plan.decision, Hold), time.time_ns()
+        held, now_ns = isinstance(plan.decision, Hold), self._now_ns()
         stamp = Stamp(
             record_id=_record_id(now_ns),
             sequence=0 if held else self.numbering.next(plan.whereabouts.regions),
@@ -106,7 +114,7 @@ class Line:
     def _refused(self, message: Message, reason: str, key: IntakeKey | None) -> Refused:
         rule = self.pipeline.policy.rule_for(message.topic)
         data_class = rule.data_class if rule is not None else ""
-        return Refused(reason=reason, time_ns=time.time_ns(), data_class=data_class or None, intake=key)
+        return Refused(reason=reason, time_ns=self._now_ns(), data_class=data_class or None, intake=key)
 
 
 def _record_id(now_ns: int) -> str:

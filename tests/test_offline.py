@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import offline
+from tools.demo import BUNDLED
+from tools.expectations import Expectations
+from tools.recording import Properties, Recorded, RecordingWriter, messages
+from tools.scene import agent_values, policy_values
+from tools.schedule import Options
+from tools.trial import Setting, TrialError
+from tools.verification import judged
+
+START = 1_790_000_000 * 10**9
+SECOND = 10**9
+SHENZHEN = {"lat": 22.60, "lon": 114.05, "acc": 5.0}
+MODEL = Path(__file__).parents[1] / "models" / "detector.json"
+
+
+def at(second, topic="vehicle/telemetry/speed", *, payload=None, **values):
+    moment = START + round(second * SECOND)
+    data = json.dumps({"ts": moment / SECOND, **values}).encode() if payload is None else payload
+    properties = Properties(user=(("time", str(moment)),))
+    return Recorded(topic=topic, payload=data, capture_ns=moment, receipt_ns=moment, properties=properties)
+
+
+def fixes(*seconds):
+    return [at(second, "vehicle/gnss", **SHENZHEN) for second in seconds]
+
+
+def setting(tmp_path, drive, *, policy=None, **agent):
+    path = tmp_path / "drive.mcap"
+    with path.open("wb") as stream, RecordingWriter(stream) as writer:
+        for message in sorted(drive, key=lambda one: one.receipt_ns):
+            writer.write(message)
+    return Setting(
+        agent={**agent_values(1), **agent},
+        policy=policy or policy_values(),
+        recording=path,
+        folder=tmp_path / "run",
+        options=Options(),
+    )
+
+
+async def run(given):
+    return await judged(given, Expectations(), offline.conduct)
+
+
+def counts(done):
+    found = done.trial.status["counts"]
+    return {state: found[state] for state in ("received", "delivered", "held", "refused", "expired") if found[state]}
+
+
+async def test_held_record_is_delivered_when_later_fixes_settle_the_region(tmp_path):
+    done = await run(setting(tmp_path, [at(0, v=1), *fixes(3, 4, 5)]))
+    assert counts(done) == {"received": 4, "delivered": 4}
+    speed = next(one for one in done.verdict.deliveries if done.sent[one.sent].topic == "vehicle/telemetry/speed")
+    assert (speed.broker, speed.tag) == ("cn", "cn")
+    assert 4 * SECOND <= speed.time_ns - START <= 5 * SECOND
+
+
+async def test_record_that_nothing_settles_is_held_and_expires_by_the_time_of_the_recording(tmp_path):
+    assert counts(await run(setting(tmp_path, [at(0, v=1), at(1, v=2)]))) == {"received": 2, "held": 2}
+    policy = policy_values()
+    policy["classes"]["telemetry"]["hold_s"] = 2.0
+    late = setting(tmp_path, [at(0, v=1), at(0.1, v=2), *fixes(600, 601)], policy=policy)
+    done = await run(Setting(**{**{name: getattr(late, name) for name in late.__slots__}, "folder": tmp_path / "late"}))
+    assert counts(done) == {"received": 4, "delivered": 2, "expired": 2}
+
+
+async def test_refusals_have_the_reasons_of_the_agent(tmp_path):
+    drive = [
+        *fixes(0, 1, 2),
+        at(3, "vehicle/camera/cabin", payload=b"\xff\xd8\xff picture"),
+        at(3, "vehicle/camera/front", payload=b"\xff\xd8\xff no picture"),
+        at(3, "vehicle/telemetry/x", payload=b'{"no": "time"}'),
+    ]
+    reasons = (await run(setting(tmp_path, drive))).trial.status["counts"]["breakdown"]["refused"]["reason"]
+    assert reasons["policy.refused"] == 1
+    assert reasons["capture.unreadable"] == 1
+    assert sum(reasons.values()) == 3
+
+
+async def test_without_its_model_no_picture_leaves(tmp_path):
+    picture = next(one.payload for one in messages(BUNDLED) if one.topic == "vehicle/camera/front")
+    drive = [*fixes(0, 1, 2), at(3, "vehicle/camera/front", payload=picture)]
+    done = await run(setting(tmp_path, drive, model={"manifest": str(tmp_path / "missing.json")}))
+    assert done.trial.status["counts"]["breakdown"]["refused"]["reason"] == {"redaction.model": 1}
+    assert not done.verdict.pictures
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="no detector is committed under models/ yet")
+async def test_pictures_of_the_bundled_drive_are_masked_by_the_shipped_model_and_judged_by_the_truth(tmp_path):
+    given = setting(tmp_path, [])
+    options = Options(end_s=40)
+    done = await run(
+        Setting(agent=given.agent, policy=given.policy, recording=BUNDLED, folder=tmp_path / "bundled", options=options)
+    )
+    assert done.verdict.problems == []
+    assert done.verdict.pictures
+    assert done.verdict.masked.total() > 0
+    assert done.trial.status["model"]["digest"] == json.loads(MODEL.read_text())["sha256"]
+
+
+async def test_folder_of_an_earlier_run_is_not_used_again(tmp_path):
+    given = setting(tmp_path, fixes(0))
+    await run(given)
+    with pytest.raises(TrialError, match="empty folder"):
+        await run(given)

@@ -1,0 +1,75 @@
+"""One recording judged: conducted with the agent, held against the truth and the expectations."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from tools.expectations import Check, Expectations, checks, permits_of
+from tools.importing.truth import ATTACHMENT, Labelled, Truth
+from tools.judge import Judge, Sent, Verdict, judge_counts
+from tools.recording import Recorded, contents, messages
+from tools.schemas import NANOSECONDS
+from tools.trial import Sending, Setting, Trial
+
+Conduct = Callable[[Setting, Sending], Awaitable[Trial]]
+
+
+@dataclass(slots=True, kw_only=True)
+class TruthLog:
+    """What was sent, and where it was really captured as far as anybody says."""
+
+    expected: Expectations
+    truth: Truth | None
+    start_ns: int
+    sent: list[Sent] = field(default_factory=list)
+    objects: dict[tuple[str, int], Labelled] = field(init=False)
+
+    def __post_init__(self) -> None:
+        pictures = self.truth.pictures if self.truth else ()
+        self.objects = {(one.topic, one.capture_ns): one for one in pictures}
+
+    def note(self, message: Recorded, original: Recorded) -> None:
+        """Keep one message as it was sent; `original` is how it was recorded."""
+        second = (original.capture_ns - self.start_ns) / NANOSECONDS
+        labelled = self.objects.get((original.topic, original.capture_ns))
+        self.sent.append(
+            Sent(
+                topic=message.topic,
+                payload=message.payload,
+                country=self.expected.country_at(second, self.truth, original.capture_ns),
+                objects=labelled.objects if labelled else (),
+                recorded_ns=original.capture_ns,
+                captured_ns=message.capture_ns,
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """How a recording went, and what became of each expectation."""
+
+    sent: list[Sent]
+    trial: Trial
+    verdict: Verdict
+    checks: list[Check]
+
+
+async def judged(setting: Setting, expected: Expectations, conduct: Conduct) -> Verification:
+    """Conduct the trial and judge it; raises AgentError where the trial itself fails. Safe to cancel."""
+    attached = contents(setting.recording).attachments.get(ATTACHMENT)
+    truth = Truth.decode(attached) if attached else None
+    start_ns = min((one.capture_ns for one in messages(setting.recording)), default=0)
+    log = TruthLog(expected=expected, truth=truth, start_ns=start_ns)
+    trial = await conduct(setting, log.note)
+    verdict = await asyncio.to_thread(_judge, log.sent, trial, setting)
+    done = list(checks(expected, log.sent, verdict))
+    return Verification(sent=log.sent, trial=trial, verdict=verdict, checks=done)
+
+
+def _judge(sent: list[Sent], trial: Trial, setting: Setting) -> Verdict:
+    verdict = Judge(sent, permits_of(setting.policy)).judge(trial.seen)
+    verdict.problems += judge_counts(trial.status["counts"], sent=len(sent), delivered=sum(verdict.arrived.values()))
+    verdict.problems += [] if trial.audit_intact else [f"audit: {trial.audit}"]
+    return verdict
