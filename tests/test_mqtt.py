@@ -1,11 +1,15 @@
 import asyncio
+import select
 import socket
 
 import pytest
 
 from agent.errors import EndpointError
+from agent.mqtt.client import SEND_BYTES, new_client
 from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Outgoing, Session
+from agent.mqtt.sockets import Gauge
+from agent.mqtt.transport import Transport
 from tools.brokers import mosquitto
 
 
@@ -150,3 +154,75 @@ async def test_a_peer_that_is_not_the_endpoint_gets_no_byte(patience):
         with pytest.raises(EndpointError, match="not the endpoint"):
             await connection.open()
         assert await received == b""
+
+
+@pytest.fixture
+def pair():
+    client = new_client(Session(host="127.0.0.1", port=1, client_id="x"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        own = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+    own.setblocking(False)
+    client._sock = own
+    yield client, peer
+    own.close()
+    peer.close()
+
+
+def test_client_reads_ahead_gives_no_more_than_was_asked_for_and_then_the_end(pair):
+    client, peer = pair
+    peer.sendall(b"abcdef")
+    peer.close()
+    select.select([client._sock], [], [])
+    assert (client._sock_recv(1), client.read_ahead) == (b"a", 5)
+    assert (client._sock_recv(3), client._sock_recv(100), client.read_ahead) == (b"bcd", b"ef", 0)
+    assert client._sock_recv(1) == b""
+
+
+def test_client_that_has_read_all_says_so(pair):
+    client, peer = pair
+    peer.sendall(b"a")
+    select.select([client._sock], [], [])
+    assert client._sock_recv(1) == b"a"
+    with pytest.raises(BlockingIOError):
+        client._sock_recv(1)
+
+
+def test_client_sends_what_was_collected_before_its_disconnect(pair):
+    client, peer = pair
+    assert client._sock_send(b"\x30first") == 6
+    assert client.want_write()
+    assert client._sock_send(b"\xe0\0") == 2
+    assert peer.recv(100) == b"\x30first\xe0\0"
+
+
+def test_client_pushes_back_when_the_peer_does_not_read(pair):
+    client, peer = pair
+    packet, taken, blocked = b"\x30" + bytes(SEND_BYTES), 0, False
+    while not blocked:
+        try:
+            taken += client._sock_send(packet)
+        except BlockingIOError:
+            blocked = True
+    assert client.want_write()
+    received = 0
+    while received < taken:
+        received += len(peer.recv(1 << 20))
+        client._packet_write()
+    assert received == taken
+    assert not client.want_write()
+
+
+async def test_bytes_that_were_read_ahead_count_as_unseen(pair):
+    client, peer = pair
+    transport = Transport(client, check_peer=lambda _: None, wanted=lambda: True, lost=lambda _: None)
+    transport.gauge, transport._reading = Gauge(client._sock), True
+    empty_ns = transport.gauge._empty_ns
+    peer.sendall(b"two")
+    select.select([client._sock], [], [])
+    client._sock_recv(1)
+    transport._look_in()
+    assert transport.gauge._empty_ns == empty_ns
+    client._sock_recv(2)
+    transport._look_in()
+    assert transport.gauge._empty_ns > empty_ns

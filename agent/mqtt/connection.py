@@ -25,7 +25,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.errors import EndpointError
-from agent.mqtt.client import CONNECT_SECONDS, connect, new_client
+from agent.mqtt.client import CONNECT_SECONDS, DirectClient, connect, new_client
 from agent.mqtt.inbox import Inbox
 from agent.mqtt.packets import Delivery, Outgoing, PackedProperties, Puback, Session
 from agent.mqtt.sockets import boot_ns
@@ -69,7 +69,7 @@ class Connection:
             self._client, check_peer=check_peer, wanted=lambda: not self._inbox.full, lost=self._finish
         )
 
-    def _make_client(self) -> Client:
+    def _make_client(self) -> DirectClient:
         client = new_client(self._session)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
@@ -116,7 +116,8 @@ class Connection:
             await self._inbox.arrived.wait()
             self._inbox.arrived.clear()
         delivery = self._inbox.take()
-        self._transport.resume()
+        if self._inbox.low:
+            self._transport.resume()
         return delivery
 
     def ack(self, delivery: Delivery) -> None:

@@ -29,6 +29,11 @@ class Inbox:
         """Whether nothing more should be read."""
         return len(self._waiting) >= self._limit or self._bytes >= self._limit_bytes
 
+    @property
+    def low(self) -> bool:
+        """Whether at least half of the room is free: reading goes on from here, so that it does not stop at once."""
+        return len(self._waiting) <= self._limit // 2 and self._bytes <= self._limit_bytes // 2
+
     def put(self, delivery: Delivery) -> None:
         """Append."""
         self._waiting.append(delivery)

@@ -17,6 +17,7 @@ from paho.mqtt.client import Client
 from paho.mqtt.enums import MQTTErrorCode
 
 from agent.errors import EndpointError
+from agent.mqtt.client import DirectClient
 from agent.mqtt.sockets import Gauge
 
 if TYPE_CHECKING:  # paho defines it for type checkers only
@@ -35,7 +36,7 @@ class Transport:
 
     def __init__(
         self,
-        client: Client,
+        client: DirectClient,
         *,
         check_peer: Callable[[SocketLike], None],
         wanted: Callable[[], bool],
@@ -52,7 +53,7 @@ class Transport:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._socket: SocketLike | None = None
-        self._reading = False
+        self._reading = self._writing = False
         self._ended = False
         client.on_socket_open = self._on_open
         client.on_socket_close = self._on_close
@@ -63,8 +64,7 @@ class Transport:
         """To be called every second: paho's keep alive; False where the peer did not answer in time."""
         if self.gauge is not None:
             self.gauge.look_out()
-            if self._reading:
-                self.gauge.look_in()
+            self._look_in()
             if self.gauge.moved_within(keepalive_s):
                 return True  # a PINGREQ would wait behind the bytes that are under way, and be missed
         return self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS
@@ -101,12 +101,16 @@ class Transport:
             self._detach()  # at once: a closed descriptor cannot be taken out of the selector
 
     def _on_register_write(self, _client: Client, _userdata: object, sock: SocketLike) -> None:
-        self._loop.call_soon_threadsafe(self._add_writer, sock)
+        if threading.get_ident() == self._thread:
+            self._loop.call_soon(self._write, sock)  # together with what else is published in this turn of the loop
+        else:
+            self._loop.call_soon_threadsafe(self._write, sock)
 
     def _on_unregister_write(self, _client: Client, _userdata: object, sock: SocketLike) -> None:
         if threading.get_ident() == self._thread:
-            if sock.fileno() >= 0:
+            if self._writing and sock.fileno() >= 0:
                 self._loop.remove_writer(sock)
+            self._writing = False
             self.unsent = 0
             self.on_drained()
 
@@ -118,15 +122,20 @@ class Transport:
         self.gauge = Gauge(cast("socket.socket", sock))
         self.resume()
 
-    def _add_writer(self, sock: SocketLike) -> None:
-        if sock.fileno() >= 0 and not self._ended:
+    def _write(self, sock: SocketLike) -> None:
+        """Write what waits, and the rest when the socket has room again."""
+        if sock.fileno() < 0 or self._ended:
+            return
+        self._client.loop_write()
+        if self._client.want_write() and sock.fileno() >= 0 and not self._ended and not self._writing:
+            self._writing = True
             self._loop.add_writer(sock, self._client.loop_write)
 
     def _detach(self) -> None:
         if self._socket is not None and self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket)
             self._loop.remove_writer(self._socket)
-        self._reading = False
+        self._reading = self._writing = False
 
     def _read(self) -> None:
         for _ in range(MAX_READS):
@@ -138,11 +147,15 @@ class Transport:
             before = self.packets
             if not self._read_once():
                 return
-            if self.packets == before:
-                if self.gauge is not None:
-                    self.gauge.look_in()
+            if self.packets == before and not self._client.read_ahead:
+                self._look_in()
                 return  # no whole packet was there: the selector calls again
         self._loop.call_soon(self._read)
+
+    def _look_in(self) -> None:
+        """Note the moment if nothing waits to be read, neither in the socket nor behind it."""
+        if self.gauge is not None and self._reading and not self._client.read_ahead:
+            self.gauge.look_in()
 
     def _read_once(self) -> bool:
         """Let paho read; False once the connection has ended."""
