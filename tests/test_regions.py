@@ -192,6 +192,25 @@ def test_no_country_of_any_point_in_the_disc_is_left_out(seed):
         assert truth <= near, (centre, radius, inside)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_what_a_map_remembers_of_a_place_changes_no_answer(seed):
+    chance = random.Random(seed)
+    latitude, longitude = chance.choice([(22.51, 113.94), (47.56, 7.6), (54.17, -6.34), (30.6, 114.3), (-17.0, 179.8)])
+    place = (latitude + chance.uniform(-0.1, 0.1), longitude + chance.uniform(-0.1, 0.1))
+    remembering, forgetting = RegionMap(borders()._polygons, overrides=()), RegionMap(borders()._polygons, overrides=())
+    for _ in range(30):
+        radius_m = 10 ** chance.uniform(0, 5)
+        forgetting._same.clear()
+        plain = forgetting._codes(place, forgetting._polygons_near(*place, radius_m))
+        assert remembering.countries_near(*place, radius_m) == plain
+
+
+def test_a_map_remembers_few_places():
+    for number in range(1000):
+        borders().countries_near(30 + number / 1000, 114, 10)
+    assert len(borders()._same) <= 256
+
+
 def test_a_country_is_left_out_just_beyond_its_guard():
     guards = Guards(default_m=500.0, length_share=0.0, pairs={}, stretches=())
     text = collection(square("AA", 10.0, 50.0, 10.5, 50.5), square("BB", 10.5, 50.0, 11.0, 50.5))
@@ -305,7 +324,7 @@ def test_a_flipped_bit_in_the_border_file_is_an_error():
 def test_a_lookup_takes_at_most_200_microseconds():
     def seconds(place):
         start = time.perf_counter()
-        borders().countries_near(place[0], place[1], 50.0)
+        borders()._codes(place, borders()._polygons_near(place[0], place[1], 50.0))  # nothing remembered
         return time.perf_counter() - start
 
     places = [*INLAND.values(), *BETWEEN.values()]

@@ -28,6 +28,8 @@ from agent.places.polygons import UNITS_PER_DEGREE, Polygon, unpack_polygons
 UNKNOWN = "ZZ"  # CLDR's code of the unknown region: the open sea, outside every polygon
 
 POLAR_DEGREES = 85.0  # beyond this parallel longitude says nothing about distance
+SAME_M, SAME_GROWTH = 1_000.0, 4.0  # how much wider than asked for a disc is looked at, at least and in proportion
+MOST_REMEMBERED = 256  # places
 WORLD_RADIUS_M = 1_000_000.0  # a larger disc touches every country
 
 
@@ -39,8 +41,23 @@ class Outline:
     points: NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What is remembered of a place: up to `same_m` every disc has these codes; none where that is negative."""
+
+    same_m: float
+    tried_m: float
+    codes: frozenset[str]
+
+    def is_to_be_tried(self, radius_m: float) -> bool:
+        """Whether another radius may tell more: a wider one where all was the same, one half as wide where not."""
+        if self.same_m >= 0:
+            return radius_m > self.same_m
+        return 2 * _wide_m(radius_m) <= self.tried_m
+
+
 class RegionMap:
-    """Countries by place; immutable, about 1 MB."""
+    """Countries by place; immutable but for what it remembers of the places asked for last. About 1 MB."""
 
     def __init__(
         self, polygons: Iterable[Polygon], *, guards: Guards | None = None, overrides: Sequence[Override] = OVERRIDES
@@ -48,6 +65,7 @@ class RegionMap:
         self._polygons = (*polygons, *map(_polygon_of, overrides))
         self._edges = index_edges(self._polygons, guards or Guards())
         self.countries = frozenset(code for polygon in self._polygons for code in polygon.codes)
+        self._same: dict[tuple[float, float], _Known] = {}
 
     @classmethod
     def from_bytes(
@@ -76,9 +94,29 @@ class RegionMap:
         """
         if not (abs(latitude) <= 90 and abs(longitude) <= 360 and 0 <= radius_m <= WORLD_RADIUS_M):
             return self.countries | {UNKNOWN}
-        longitude = (longitude + 180) % 360 - 180
-        inside = self._polygons_around(latitude, longitude)
-        near = self._polygons_near(latitude, longitude, radius_m)
+        place = (latitude, (longitude + 180) % 360 - 180)
+        known = self._same.get(place)
+        if known is None or known.is_to_be_tried(radius_m):
+            known = self._remember(place, _wide_m(radius_m))
+        return known.codes if radius_m <= known.same_m else self._codes(place, self._polygons_near(*place, radius_m))
+
+    def _remember(self, place: tuple[float, float], wide_m: float) -> _Known:
+        """Whether a disc around the place touches the same countries up to this radius, as far as it pays to know.
+
+        A car asks again and again about discs around its last fix. The edges near a wider disc are those near a
+        narrower one and more: where a wide disc and the point itself are near the same ones, all discs between are.
+        """
+        at_point = self._polygons_near(*place, 0.0)
+        same = at_point == self._polygons_near(*place, wide_m)
+        if len(self._same) >= MOST_REMEMBERED:
+            self._same.clear()
+        known = _Known(same_m=wide_m if same else -1.0, tried_m=wide_m, codes=self._codes(place, at_point))
+        self._same[place] = known
+        return known
+
+    def _codes(self, place: tuple[float, float], near: set[int]) -> frozenset[str]:
+        """The codes at a place that is near the edges of these polygons."""
+        inside = self._polygons_around(*place)
         only = [i for i in inside if self._polygons[i].override and i not in near]
         codes = (code for i in only or inside | near for code in self._polygons[i].codes)
         return frozenset(codes) or frozenset({UNKNOWN})
@@ -122,6 +160,11 @@ class RegionMap:
             close = np.flatnonzero(_from_origin((ends - origin) * scale) <= reach_m)
             near.update(self._edges.owners[rows][close].tolist())
         return near
+
+
+def _wide_m(radius_m: float) -> float:
+    """How far to look for a disc of this radius, so that the next ones need no look."""
+    return min(max(SAME_M, SAME_GROWTH * radius_m), WORLD_RADIUS_M)
 
 
 def _polygon_of(override: Override) -> Polygon:
