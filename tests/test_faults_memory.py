@@ -44,6 +44,9 @@ async def test_memory_and_disk_stay_bounded_while_an_endpoint_is_away_and_messag
         assert on_disk < 128 * MIB
         await it.outer["cn"].start()
         await it.until(lambda: it.counts()["pending"] == 0)
-        arrived = {json.loads(row.data)["n"] for row in it.received if "telemetry" in row.topic}
-        assert len(arrived) == counts["delivered"] + counts["pending"]
-        assert MESSAGES - 1 in arrived, "the newest stay, the oldest of a priority go"
+
+        def arrived():
+            return {json.loads(row.data)["n"] for row in it.received if "telemetry" in row.topic}
+
+        await it.until(lambda: len(arrived()) == counts["delivered"] + counts["pending"])
+        assert MESSAGES - 1 in arrived(), "the newest stay, the oldest of a priority go"
