@@ -242,11 +242,11 @@ def _egress_rules(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from agent import doctor  # noqa: PLC0415 - as in `_run`
+    from agent.doctor.examine import examine  # noqa: PLC0415 - as in `_run`
 
     async def print_all(setup: assembly.Setup) -> int:
         failures = 0
-        async for finding in doctor.examine(setup):
+        async for finding in examine(setup):
             print(finding, flush=True)
             failures += bool(finding.advice)
         return EXIT_FAILED if failures else 0

@@ -87,7 +87,7 @@ class Connection:
                 return await self._connack
         except (OSError, TimeoutError, ValueError) as exc:
             self.close(str(exc) or type(exc).__name__)
-            raise EndpointError(f"{self._session.host}:{self._session.port}: {exc or type(exc).__name__}") from exc
+            raise EndpointError(f"{self._session.host}:{self._session.port}: {str(exc) or type(exc).__name__}") from exc
         except BaseException:
             self.close("cancelled")
             raise

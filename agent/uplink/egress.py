@@ -88,7 +88,7 @@ async def resolve(rules: PeerRules) -> tuple[str, ...]:
         async with asyncio.timeout(RESOLVE_SECONDS):
             found = await beside(ask, name=f"resolve-{rules.host}")
     except (OSError, TimeoutError, UnicodeError) as exc:
-        raise EndpointError(f"{rules.host}: cannot be resolved: {exc or type(exc).__name__}") from exc
+        raise EndpointError(f"{rules.host}: cannot be resolved: {str(exc) or type(exc).__name__}") from exc
     addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
     outside = [address for address in addresses if not permitted(address, rules)]
     if outside or not addresses:
