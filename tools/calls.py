@@ -60,9 +60,13 @@ HELP = {
         more=TROUBLE | INTERRUPTED,
     ),
     "compare": Help(
-        examples=("compare run1 run2", "compare --fail --json run1 run2"),
+        examples=(
+            "compare run1 run2",
+            "compare --archive drives/ --policy old.toml --policy new.toml --fail",
+            "compare --archive drives/ --policy policy.toml --python old/bin/python --python new/bin/python",
+        ),
         failed="the runs differ, and --fail was given",
-        more=TROUBLE,
+        more=TROUBLE | INTERRUPTED,
     ),
     "listen": Help(
         examples=(

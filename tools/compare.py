@@ -1,6 +1,8 @@
 """`residency-tools compare`: runs over the same recording side by side: two policies, two models, two versions.
 
-Each run is a folder that `verify` or `demo` kept. Messages are the same where topic and moment in the recording are.
+Each run is a folder that `verify` or `demo` kept; messages are the same where topic and moment in the recording are. Or
+each is the folder of a `verify --archive`; with `--archive` here, those are made first: two policies, two detectors or
+two installed versions of the agent over the same recordings, without brokers. A result that stands is not made again.
 """
 
 from __future__ import annotations
@@ -10,61 +12,89 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from agent.errors import AgentError
+from tools.archive_results import TABLE, read_table
+from tools.compare_archives import different, figures
 from tools.drawing import fate_of, percentiles
 from tools.judge import STATES
 from tools.run_file import RunFile, load
+from tools.side_by_side import Row, show
+from tools.variants import VariantError, add_arguments, judge_all, variants
 
 DIFFERENT_STATUS, USAGE_STATUS, TROUBLE_STATUS = 1, 2, 3
 SHORT_DIGEST = 12
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One figure of every run; `timing` figures differ between any two runs and do not count as a difference."""
-
-    name: str
-    values: tuple[str, ...]
-    timing: bool = False
-
-    @property
-    def differs(self) -> bool:
-        """Whether the runs do not agree."""
-        return not self.timing and len(set(self.values)) > 1
+SHOWN = 20  # recordings that did not go alike
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to `residency-tools`."""
     parser = subparsers.add_parser("compare", help="put runs side by side", description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs; two or more")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folders of runs or of archives")
     parser.add_argument("--all", action="store_true", help="show figures that do not differ as well")
     parser.add_argument("--fail", action="store_true", help="exit with 1 where the runs differ")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress display")
+    add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare; 0 done, 1 different and told to fail, 2 wrong usage, 3 a run cannot be read."""
-    if len(arguments.runs) < 2:
-        print("compare: wanted two runs or more", file=sys.stderr)
+    """Compare; 0 done, 1 different and told to fail, 2 wrong usage, 3 a run cannot be read or an archive not judged."""
+    if bool(arguments.archive) == (len(arguments.runs) > 1) or (arguments.archive and arguments.runs):
+        print("compare: wanted two runs or more, or an archive with --archive", file=sys.stderr)
         return USAGE_STATUS
     try:
-        found = rows([load(folder) for folder in arguments.runs])
-    except AgentError as exc:
+        folders = _judged(arguments) if arguments.archive else arguments.runs
+        differs = (_archives if (folders[0] / TABLE).exists() else _runs)(folders, arguments)
+    except VariantError as exc:
+        print(f"compare: {exc}", file=sys.stderr)
+        return USAGE_STATUS
+    except (AgentError, OSError) as exc:
         print(f"compare: {exc}", file=sys.stderr)
         return TROUBLE_STATUS
+    return DIFFERENT_STATUS if arguments.fail and differs else 0
+
+
+def _judged(arguments: argparse.Namespace) -> list[Path]:
+    """Judge the archive in every way; the folders of the results."""
+    out = arguments.out or Path("runs") / f"compare-{arguments.archive.absolute().name}"
+    ways = variants(arguments, out)
+    judge_all(ways)
+    return [way.folder for way in ways]
+
+
+def _runs(folders: Sequence[Path], arguments: argparse.Namespace) -> bool:
+    found = rows([load(folder) for folder in folders])
     if arguments.json:
-        print(json.dumps({one.name: {"values": one.values, "differs": one.differs} for one in found}))
+        print(json.dumps(_as_json(found)))
     else:
-        _show(found, [folder.name for folder in arguments.runs], everything=arguments.all)
-    return DIFFERENT_STATUS if arguments.fail and any(one.differs for one in found) else 0
+        show(Console(), found, [folder.name for folder in folders], everything=arguments.all)
+    return any(one.differs for one in found)
+
+
+def _archives(folders: Sequence[Path], arguments: argparse.Namespace) -> bool:
+    tables = [read_table(folder / TABLE) for folder in folders]
+    found, others = figures(tables), different(tables)
+    if arguments.json:
+        recordings = {one.recording: _as_json(one.rows) for one in others}
+        print(json.dumps({"figures": _as_json(found), "recordings": recordings}))
+    else:
+        console = Console()
+        show(console, found, [folder.name for folder in folders], everything=arguments.all)
+        for one in others[:SHOWN]:
+            told = "; ".join(f"{row.name} {' | '.join(row.values)}" for row in one.rows)
+            console.print(f"{escape(one.recording)}: {escape(told)}", soft_wrap=True)
+        console.print(f"{len(others)} recordings did not go alike.")
+    return bool(others) or any(one.differs for one in found)
+
+
+def _as_json(found: Sequence[Row]) -> dict[str, dict[str, object]]:
+    return {one.name: {"values": one.values, "differs": one.differs} for one in found}
 
 
 def rows(runs: Sequence[RunFile]) -> list[Row]:
@@ -122,18 +152,3 @@ def _latencies(runs: Sequence[RunFile]) -> list[Row]:
         Row(name=f"latency {name}", values=tuple(f"{one[name]:.0f} ms" if one else "-" for one in figures), timing=True)
         for name in ("p50", "p99")
     ]
-
-
-def _show(found: Sequence[Row], names: Sequence[str], *, everything: bool) -> None:
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    for one in found:
-        if everything or one.differs or one.timing:
-            style = "bold yellow" if one.differs else ""
-            table.add_row(one.name, *one.values, style=style)
-    console = Console()
-    console.print(table)
-    differing = sum(one.differs for one in found)
-    console.print(f"{differing} of {sum(not one.timing for one in found)} figures differ.")
