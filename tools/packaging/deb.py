@@ -49,7 +49,6 @@ UNUSED = (
     "**/*.pyi",
     "numpy/distutils",
     "numpy/f2py",
-    "numpy/typing",
     "onnxruntime/quantization",
     "onnxruntime/tools",
     "onnxruntime/transformers",
