@@ -1,8 +1,9 @@
-"""A whole system of a test's own: this machine's files under an overlay, and a systemd that is the first process of its
-own namespaces. Nothing of it touches the machine: files live in memory, the network is a loopback, and all ends with us.
+"""A whole system of a test's own: this machine's files under an overlay, and a systemd that is the first process of
+its own namespaces. Nothing of it touches the machine: files live in memory, the network is a loopback, and all ends
+with the test.
 
-What it cannot show is told by `controllers`: limits on memory and CPU time need cgroup controllers of version 2, which a
-machine may have handed to version 1.
+What it cannot show is told by `controllers`: limits on memory and CPU time need cgroup controllers of version 2, which
+a machine may have handed to version 1.
 """
 
 import os

@@ -233,6 +233,15 @@ def test_nothing_leaves_until_the_egress_rules_allow_the_network_and_then_what_l
     system.until(lambda: delivered(system) == 2, SECONDS)
 
 
+def test_reload_takes_a_new_policy_without_a_restart(system):
+    before = system.show(UNIT, "MainPID")
+    system.write("/etc/residency-agent/policy.toml", POLICY.replace('version = "test"', 'version = "newer"'))
+    system.run("systemctl", "reload", UNIT)
+    system.until(lambda: status(system).get("policy") == "newer", SECONDS)
+    assert system.show(UNIT, "StatusText") == "policy newer"
+    assert (system.show(UNIT, "ActiveState"), system.show(UNIT, "MainPID")) == ("active", before)
+
+
 def test_agent_that_hangs_is_ended_by_the_watchdog_and_started_again(system):
     before = int(system.show(UNIT, "NRestarts"))
     system.until(lambda: connected(system), SECONDS)

@@ -1,10 +1,7 @@
 """`residency-tools package`: the lock file, wheel and sdist, the bill of materials, the Debian package.
 
-All work on a checkout (or an unpacked sdist), which is the folder above this package.
-
-  residency-tools package deb --arch arm64          dist/residency-agent_VERSION_arm64.deb, built on any machine
-  residency-tools package sbom --output dist        dist/sbom.cdx.json and dist/licences.md
-  residency-tools package lock                      newest versions into systemd/requirements.lock; asks the registry
+All work on a checkout (or an unpacked sdist), which is the folder above this package. `lock` asks the package index for
+the newest permitted versions; `deb` fetches the locked ones from it, for any target on any machine.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from agent.errors import AgentError
 from tools.packaging import deb, lock, sbom, targets
 
 ROOT = Path(__file__).parent.parent
@@ -26,10 +24,7 @@ MAINTAINER = "The residency-agent authors <residency-agent@invalid.invalid>"
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `package lock`, `package dist`, `package sbom` and `package deb`."""
     parser = subparsers.add_parser(
-        "package",
-        help="build the packages, the lock file and the bill of materials",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "package", help="build the packages, the lock file and the bill of materials", description=__doc__
     )
     commands = parser.add_subparsers(metavar="WHAT", required=True)
     for name, run, summary in (
@@ -39,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         ("deb", _deb, "build the Debian package"),
     ):
         command = commands.add_parser(name, help=summary)
-        command.set_defaults(run=run)
+        command.set_defaults(run=_run, build=run)
         if name != "lock":
             command.add_argument("--output", type=Path, default=Path("dist"), help="folder (default: %(default)s)")
     here = targets.here()
@@ -52,6 +47,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _maintainer() -> str:
     mail = os.environ.get("DEBEMAIL")
     return f"{os.environ.get('DEBFULLNAME', mail)} <{mail}>" if mail else MAINTAINER
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        return int(arguments.build(arguments))
+    except (AgentError, OSError) as exc:
+        print(f"residency-tools package: {exc}", file=sys.stderr)
+        return 1
 
 
 def _lock(_: argparse.Namespace) -> int:
