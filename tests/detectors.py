@@ -24,6 +24,9 @@ class Marks:
 
     digest = DIGEST
 
+    def wanted(self, width, height):
+        return width, height
+
     def detect(self, rgb):
         return find_mark(rgb)
 

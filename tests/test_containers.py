@@ -1,6 +1,7 @@
 """Headers are read, limits applied and metadata left behind before any decoder sees a byte."""
 
 import io
+import re
 import struct
 import time
 import tracemalloc
@@ -191,3 +192,16 @@ def test_webp_quantiser_follows_the_quality_that_the_encoder_was_given():
 def test_jpeg_walk_ignores_fill_bytes_before_a_marker():
     data = PLAIN["JPEG"]
     assert jpeg.parse(data[:2] + b"\xff\xff\xff" + data[2:], LIMITS) == jpeg.parse(data, LIMITS)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_end_of_a_scan_is_the_first_marker_that_is_no_restart(seed):
+    generator = np.random.default_rng(seed)
+    choice = np.array([0x00, 0x01, 0xD0, 0xD7, 0xD8, 0xD9, 0xFF, 0xFF, 0xFF, 0x55], np.uint8)
+    data = generator.choice(choice, int(generator.integers(0, 40))).tobytes()
+    wanted = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]").search(data)
+    if wanted is None:
+        with pytest.raises(RefusedError):
+            jpeg._scan_end(data, 0)
+    else:
+        assert jpeg._scan_end(data, 0) == wanted.start()

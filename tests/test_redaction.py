@@ -18,6 +18,7 @@ from agent.payloads.inspection import InspectionLimits
 from agent.pictures import exif
 from agent.pictures.containers import read_header
 from agent.pictures.formats import Fill, Margin, People, PictureLimits, RedactionOptions
+from agent.redaction import redaction
 from agent.redaction.masking import Area, areas, head_part, paint, stored, upright, whole_blocks
 from agent.redaction.redaction import redact_payload, redact_picture
 
@@ -192,6 +193,59 @@ def test_detector_sees_the_upright_picture_and_the_mask_lands_where_it_pointed(o
     assert tag == (orientation if keep else 1)
     assert upright_pixels[12:18, 32:68].max() < 60
     assert np.abs(upright_pixels[30:].astype(int) - lopsided()[30:]).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "subsampling"), [("JPEG", 2), ("JPEG", 1), ("JPEG", 0), ("PNG", None)])
+def test_detector_that_wants_a_smaller_picture_sees_the_same_one_and_its_boxes_are_found_in_the_large(
+    orientation, kind, subsampling
+):
+    pixels = scene()
+    turned = {1: None, **dict(zip((2, 3, 4, 5, 6, 7, 8), (0, 3, 1, 5, 2, 6, 4), strict=True))}[orientation]
+    stored_pixels = np.asarray(
+        Image.fromarray(pixels) if turned is None else Image.fromarray(pixels).transpose(Image.Transpose(turned))
+    )
+    options = {} if kind == "PNG" else {"quality": 95, "subsampling": subsampling}
+    block = tiff([(0x0112, 3, 1, bytes([0, orientation]))])
+    data = saved(stored_pixels, kind, **options)
+    add = {
+        "JPEG": lambda: after_soi(data, segment(0xE1, exif.PREFIX + block)),
+        "PNG": lambda: after_ihdr(data, chunk(b"eXIf", block)),
+    }
+    seen = []
+
+    def detect(rgb):
+        seen.append(rgb.copy())
+        return find_mark(np.asarray(Image.fromarray(rgb).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)))
+
+    def shrunk(rgb):
+        return [replace(one, x1=one.x1 / 2, x2=one.x2 / 2, y1=one.y1 / 3, y2=one.y2 / 3) for one in detect(rgb)]
+
+    after, counts = redact_picture(
+        add[kind](), shrunk, OPTIONS, LIMITS, lambda width, height: (width // 2, height // 3)
+    )
+    plain = np.asarray(Image.fromarray(pixels).resize((WIDTH // 2, HEIGHT // 3), Image.Resampling.BILINEAR))
+    assert seen[0].shape == plain.shape
+    assert np.abs(seen[0].astype(int) - plain).mean() < 4
+    assert counts == {"person": 1}
+    with Image.open(io.BytesIO(after)) as image:
+        shown = upright(np.asarray(image.convert("RGB")), orientation)
+    assert shown[inside(-3)].max() < 40
+    assert np.abs(shown[~inside(20)].astype(int) - pixels[~inside(20)]).mean() < 3
+
+
+@pytest.mark.parametrize(("width", "height"), [(2, 2), (3, 2), (17, 9), (641, 367), (33, 2)])
+def test_jpeg_of_odd_size_is_decoded_to_its_stored_samples(width, height):
+    data = saved(street(width, height), "JPEG", quality=90, subsampling=2)
+    with Image.open(io.BytesIO(data)) as whole:
+        whole.draft("YCbCr", None)
+        luma = np.asarray(whole)[..., 0]
+    with Image.open(io.BytesIO(data)) as half:
+        half.draft("YCbCr", (width // 2, height // 2))
+        chroma = np.asarray(half)[..., 1:].repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+    found = np.asarray(redaction._planes(read_header(data, LIMITS)).image)
+    assert (found[..., 0] == luma).all()
+    assert (found[..., 1:] == chroma).all()
 
 
 def with_sized_chunks(data: bytes, block: bytes, shape: tuple[int, ...]) -> bytes:

@@ -94,7 +94,9 @@ class InProcess:
             raise RefusedError("redaction.model", str(exc)) from exc
         self.digest = detector.digest
         try:
-            done = redact_payload(payload, detector.detect, options.redaction, options.limits, content_type)
+            done = redact_payload(
+                payload, detector.detect, options.redaction, options.limits, content_type, detector.wanted
+            )
         except RefusedError:
             raise
         except Exception as exc:  # whatever a codec raises, as in the agent's process

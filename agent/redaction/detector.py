@@ -60,6 +60,13 @@ class Detector:
         merged = {**self.manifest.thresholds, **thresholds}
         return [1.0 if label is None else merged[label] for label in self.manifest.classes]
 
+    def wanted(self, width: int, height: int) -> tuple[int, int]:
+        """In which size the network sees a picture of this width and height: `detect` may be given it in that size."""
+        if self.far:
+            return width, height
+        frame = frame_of(width, height, self.manifest.input)
+        return frame.content_width, frame.content_height
+
     def detect(self, picture: NDArray[np.uint8], thresholds: dict[str, float] | None = None) -> list[Box]:
         """Everything found in an upright (H, W, 3) RGB picture, as boxes clipped to it, best first within each label.
 

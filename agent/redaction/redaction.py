@@ -2,8 +2,8 @@
 
 Invariants:
 - The decoder gets no byte of metadata: only the stream that the format's own module has rebuilt.
-- What is encoded is the array that the detector saw, after masking: no second rendering (alpha, CMYK inks, the low
-  byte of 16-bit samples, an unused palette entry, another frame) can carry what the detector did not see.
+- What is encoded are the samples that the detector saw, perhaps in a smaller size, after masking: no second rendering
+  (alpha, CMYK inks, the low byte of 16-bit samples, an unused palette entry, another frame) can carry anything else.
 - The encoder's output is read again and rebuilt from the allow-list before it leaves.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -23,13 +24,23 @@ from agent.messages import Box
 from agent.payloads.inspection import InspectionLimits, rewrite
 from agent.pictures import jpeg, webp
 from agent.pictures.containers import read_header, rebuild
-from agent.pictures.formats import Colour, Format, Header, People, PictureLimits, RedactedPayload, RedactionOptions
+from agent.pictures.formats import (
+    Colour,
+    Fill,
+    Format,
+    Header,
+    People,
+    PictureLimits,
+    RedactedPayload,
+    RedactionOptions,
+)
 from agent.redaction.masking import Area, Pixels, areas, head_part, paint, stored, upright, whole_blocks
 
 Detect = Callable[[Pixels], list[Box]]
+Wanted = Callable[[int, int], tuple[int, int]]
+SHRINK = Image.Resampling.BILINEAR
 
 BLACK: Final[Mapping[str, int | tuple[int, ...]]] = MappingProxyType({"L": 0, "RGB": (0, 0, 0), "YCbCr": (0, 128, 128)})
-SAMPLES: Mapping[str, tuple[int, ...]] = MappingProxyType({"L": (), "RGB": (3,), "YCbCr": (3,)})
 SUBSAMPLING: Mapping[tuple[tuple[int, int], ...], int] = {
     ((1, 1),) * 3: 0,
     ((2, 1), (1, 1), (1, 1)): 1,
@@ -47,12 +58,18 @@ OPENERS: Mapping[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 }
 
 
-def redact_payload(
+def as_it_is(width: int, height: int) -> tuple[int, int]:
+    """What a detector wants that looks at every pixel."""
+    return width, height
+
+
+def redact_payload(  # noqa: PLR0913, PLR0917 - a payload and everything that bears on it
     payload: bytes,
     detect: Detect,
     options: RedactionOptions,
     limits: InspectionLimits,
     content_type: str | None = None,
+    wanted: Wanted = as_it_is,
 ) -> RedactedPayload:
     """Redact every picture in the payload in place; RefusedError where it cannot be shown to be clean."""
     counts: Counter[str] = Counter()
@@ -63,7 +80,7 @@ def redact_payload(
         pictures += 1
         if pictures > limits.max_pictures:
             raise RefusedError("payload.limit.pictures")
-        redacted, found = redact_picture(data, detect, options, limits.picture)
+        redacted, found = redact_picture(data, detect, options, limits.picture, wanted)
         counts.update(found)
         return redacted
 
@@ -72,17 +89,33 @@ def redact_payload(
 
 
 def redact_picture(
-    data: bytes, detect: Detect, options: RedactionOptions, limits: PictureLimits
+    data: bytes, detect: Detect, options: RedactionOptions, limits: PictureLimits, wanted: Wanted = as_it_is
 ) -> tuple[bytes, Counter[str]]:
-    """Return the redacted picture in its own format, and how many boxes of each label were masked."""
+    """Return the redacted picture in its own format, and how many boxes of each label were masked.
+
+    `wanted` says in which size the detector looks at an upright picture of (width, height).
+    """
     header = read_header(data, limits)
-    pixels, mode = _decode(header)
-    boxes = _detect(detect, upright(_as_rgb(pixels, mode), header.orientation))
-    paint(pixels, _areas(boxes, header, options), options.fill, BLACK[mode])
+    decoded = _decode(header)
+    boxes = _detect(detect, decoded, header, wanted)
+    _mask(decoded.image, _areas(boxes, header, options), options.fill)
     keep = "orientation" in options.metadata
-    shown = pixels if keep else np.ascontiguousarray(upright(pixels, header.orientation))
-    clean = rebuild(_encode(shown, mode, header), OWN_OUTPUT, header.orientation if keep else 1)
+    shown = decoded.image if keep else _turned(decoded.image, header.orientation)
+    clean = rebuild(_encode(shown, header), OWN_OUTPUT, header.orientation if keep else 1)
     return clean, Counter(box.label for box in boxes)
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """The picture as it stands upright."""
+    return Image.fromarray(np.ascontiguousarray(upright(np.asarray(image), orientation)), image.mode)
+
+
+def _mask(image: Image.Image, where: Iterable[Area], fill: Fill) -> None:
+    """Paint the areas of a stored picture over, in place: the others are not touched, nor copied."""
+    for area in where:
+        part = np.array(image.crop(area))
+        paint(part, [Area(0, 0, area.x2 - area.x1, area.y2 - area.y1)], fill, BLACK[image.mode])
+        image.paste(Image.fromarray(part, image.mode), (area.x1, area.y1))
 
 
 def _areas(boxes: list[Box], header: Header, options: RedactionOptions) -> list[Area]:
@@ -101,11 +134,15 @@ def _part(box: Box, people: People) -> Box:
     return head_part(box) if people is People.HEAD and box.label == "person" else box
 
 
-def _detect(detect: Detect, rgb: Pixels) -> list[Box]:
-    """Run the detector on a read-only picture; whatever it raises refuses the picture."""
-    seen = np.ascontiguousarray(rgb).view()
-    seen.flags.writeable = False
+def _detect(detect: Detect, decoded: Decoded, header: Header, wanted: Wanted) -> list[Box]:
+    """Run the detector on a read-only picture; whatever it raises refuses the picture. Boxes of the upright picture."""
+    turned = header.orientation >= 5
+    width, height = (header.width, header.height)[:: -1 if turned else 1]
     try:
+        size = wanted(width, height)
+        rgb = upright(decoded.seen((size[1], size[0]) if turned else size), header.orientation)
+        seen = np.ascontiguousarray(rgb).view()
+        seen.flags.writeable = False
         boxes = detect(seen)
     except MemoryError as exc:
         raise RefusedError("redaction.memory") from exc
@@ -117,13 +154,40 @@ def _detect(detect: Detect, rgb: Pixels) -> list[Box]:
         raise RefusedError("redaction.detector", type(exc).__name__) from exc
     if not isinstance(boxes, list) or not all(isinstance(box, Box) for box in boxes):
         raise RefusedError("redaction.detector", "not boxes")
-    return boxes
+    return boxes if size == (width, height) else [_scaled(box, width / size[0], height / size[1]) for box in boxes]
 
 
-def _decode(header: Header) -> tuple[Pixels, str]:
+def _scaled(box: Box, across: float, down: float) -> Box:
+    return replace(box, x1=box.x1 * across, y1=box.y1 * down, x2=box.x2 * across, y2=box.y2 * down)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """A decoded picture as it is stored: `L`, `RGB` or `YCbCr`.
+
+    `planes`, where there are any, are its samples as they were stored: `image` was made by repeating those of chroma.
+    """
+
+    image: Image.Image
+    planes: tuple[Image.Image, ...] = ()
+
+    def seen(self, size: tuple[int, int]) -> Pixels:
+        """RGB (H, W, 3) in a size of the stored picture (width, height)."""
+        image = self.image
+        if size != image.size:
+            if self.planes:
+                image = Image.merge("YCbCr", [plane.resize(size, SHRINK) for plane in self.planes])
+            else:
+                image = image.resize(size, SHRINK)
+        return np.asarray(image.convert("RGB"))
+
+
+def _decode(header: Header) -> Decoded:
     """Decode the cleaned stream; whatever a codec raises refuses the picture."""
     try:
-        return _samples(header)
+        if header.sampling == jpeg.QUARTER_CHROMA and min(header.width, header.height) > 1:
+            return _planes(header)
+        return Decoded(image=_samples(header))
     except AgentError:
         raise
     except MemoryError as exc:
@@ -132,31 +196,45 @@ def _decode(header: Header) -> tuple[Pixels, str]:
         raise RefusedError("picture.corrupt", type(exc).__name__) from exc
 
 
-def _samples(header: Header) -> tuple[Pixels, str]:
-    """Return (H, W) `L`, or (H, W, 3) `RGB` or `YCbCr`, as the picture is stored."""
+def _samples(header: Header) -> Image.Image:
+    """Return the picture as it is stored, in `L`, `RGB` or `YCbCr`."""
     with OPENERS[header.format](io.BytesIO(header.clean)) as image:
         if header.colour is Colour.YCC:
             image.draft("YCbCr", None)
         flat = _flatten(image)
-        pixels = np.array(flat).reshape(header.height, header.width, *SAMPLES[flat.mode])
-    if header.sampling == jpeg.QUARTER_CHROMA and min(header.width, header.height) > 1:
-        pixels[..., 1:] = _stored_chroma(header)
-    elif header.sampling == jpeg.HALF_CHROMA:
-        pixels[..., 1:] = _unsmoothed_chroma(pixels[..., 1:])
-    return pixels, flat.mode
+    _check_size(flat, (header.width, header.height))
+    if header.sampling != jpeg.HALF_CHROMA:
+        return flat
+    pixels = np.array(flat)
+    pixels[..., 1:] = _unsmoothed_chroma(pixels[..., 1:])
+    return Image.fromarray(pixels, flat.mode)
 
 
-def _stored_chroma(header: Header) -> Pixels:
-    """Return the chroma samples of a 4:2:0 JPEG as they are stored, each repeated over its four pixels.
+def _planes(header: Header) -> Decoded:
+    """Return a 4:2:0 JPEG with its chroma samples as they are stored, each repeated over its four pixels.
 
     At half size they need no interpolation, and the encoder's mean over four equal samples gives them back exactly;
-    the smoothed ones of a full decode would lose 15 to 40 dB (tests/test_redaction.py).
+    the smoothed ones of a full decode would lose 15 to 40 dB (tests/test_redaction.py). Luma needs no colours decoded.
     """
+    size = header.width, header.height
+    with OPENERS[Format.JPEG](io.BytesIO(header.clean)) as whole:
+        whole.draft("L", None)
+        whole.load()
     with OPENERS[Format.JPEG](io.BytesIO(header.clean)) as half:
         half.draft("YCbCr", (header.width // 2, header.height // 2))
         half.load()
-        chroma = np.asarray(half)[..., 1:]
-    return chroma.repeat(2, axis=0).repeat(2, axis=1)[: header.height, : header.width]
+    _check_size(whole, size)
+    _check_size(half, ((header.width + 1) // 2, (header.height + 1) // 2))
+    _, *chroma = half.split()
+    full = [plane.resize((2 * half.width, 2 * half.height), Image.Resampling.NEAREST) for plane in chroma]
+    pieces = [plane if plane.size == size else plane.crop((0, 0, *size)) for plane in full]
+    return Decoded(image=Image.merge("YCbCr", [whole, *pieces]), planes=(whole, *chroma))
+
+
+def _check_size(image: Image.Image, size: tuple[int, int]) -> None:
+    """Raise ValueError for a decoder that gives another picture than its header promises."""
+    if image.size != size:
+        raise ValueError
 
 
 def _unsmoothed_chroma(smooth: Pixels) -> Pixels:
@@ -191,12 +269,8 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _as_rgb(pixels: Pixels, mode: str) -> Pixels:
-    return pixels if mode == "RGB" else np.asarray(Image.fromarray(pixels, mode).convert("RGB"))
-
-
-def _encode(pixels: Pixels, mode: str, header: Header) -> bytes:
-    image, out = Image.fromarray(pixels, mode), io.BytesIO()
+def _encode(image: Image.Image, header: Header) -> bytes:
+    out = io.BytesIO()
     if header.format is Format.JPEG:
         image.save(out, "JPEG", **_jpeg_parameters(header))
     elif header.format is Format.PNG:

@@ -44,6 +44,9 @@ class Detects(Protocol):
 
     digest: str
 
+    def wanted(self, width: int, height: int) -> tuple[int, int]:
+        """In which size it looks at a picture of this width and height."""
+
     def detect(self, rgb: Pixels) -> list[Box]:
         """Find boxes in an upright picture (H, W, 3)."""
 
@@ -88,7 +91,9 @@ def _start_error(exc: Exception) -> str:
 
 def _answer(setup: Setup, detector: Detects, request: Request) -> Reply:
     try:
-        done = redact_payload(request.payload, detector.detect, setup.redaction, setup.limits, request.content_type)
+        done = redact_payload(
+            request.payload, detector.detect, setup.redaction, setup.limits, request.content_type, detector.wanted
+        )
     except RefusedError as exc:
         return Reply(refused=exc.reason, detail=exc.detail)
     except AgentError as exc:
@@ -115,7 +120,7 @@ def _warm_up(setup: Setup, detector: Detects) -> None:
     for name in ("JPEG", "PNG", "WEBP"):
         picture = io.BytesIO()
         Image.fromarray(pixels).save(picture, name)
-        redact_payload(picture.getvalue(), detector.detect, setup.redaction, setup.limits)
+        redact_payload(picture.getvalue(), detector.detect, setup.redaction, setup.limits, wanted=detector.wanted)
 
 
 def _tie_to_parent(parent: int) -> bool:
