@@ -164,6 +164,9 @@ def test_histogram_counts_every_latency_once():
 def test_command_writes_the_page_and_says_when_there_is_no_run(folder, tmp_path, capsys):
     assert main(["report", str(folder)]) == 0
     assert (folder / "report.html").stat().st_size > 5000
+    capsys.readouterr()
+    assert main(["report", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["messages"] == 5
     assert main(["report", str(tmp_path)]) == 3
     assert "run.json" in capsys.readouterr().err
 

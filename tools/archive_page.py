@@ -13,6 +13,7 @@ from tools.archive_results import Result
 from tools.judge import STATES
 from tools.report import PAGES, bullets, style, table
 from tools.stamps import rfc3339
+from tools.whole_files import write_whole
 
 PAGE = "archive.html"
 OUTCOMES = ("failed", "broken", "passed")
@@ -22,10 +23,8 @@ HOUR_S = 3600
 
 
 def write(path: Path, name: str, results: Sequence[Result]) -> None:
-    """Write the page: the old one or the new one, never half of it. Raises OSError."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(page(name, results, time.time_ns()), encoding="utf-8")
-    part.replace(path)
+    """Write the page; raises OSError."""
+    write_whole(path, page(name, results, time.time_ns()).encode())
 
 
 def page(name: str, results: Sequence[Result], created_ns: int) -> str:

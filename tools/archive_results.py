@@ -24,6 +24,7 @@ from tools.recording import Contents
 from tools.schemas import NANOSECONDS
 from tools.stamps import rfc3339
 from tools.verification import Verification
+from tools.whole_files import whole
 
 JOURNAL, TABLE = "results.jsonl", "results.parquet"
 Outcome = Literal["passed", "failed", "broken"]
@@ -197,11 +198,8 @@ def write_table(path: Path, results: Sequence[Result]) -> None:
         ("facts", pa.struct([(name, text) for name in Facts.__struct_fields__])),
     ]
     rows = [msgspec.to_builtins(one, builtin_types=(bytes,)) for one in results]
-    part = path.with_name(f"{path.name}.part")
-    pq.write_table(pa.Table.from_pylist(rows, pa.schema(columns)), part, compression="zstd")
-    with part.open("rb") as stream:
-        os.fsync(stream.fileno())
-    part.replace(path)
+    with whole(path) as stream:
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema(columns)), stream, compression="zstd")
 
 
 def read_table(path: Path) -> list[Result]:

@@ -19,8 +19,9 @@ from agent.errors import AgentError
 from tools.importing import bundled, comma, frames, gpx, jsonl, mdf, nmea
 from tools.importing.join import Drive, joined
 from tools.importing.rows import BadRowError, Complain, SourceError, strict
-from tools.progress import progress
+from tools.progress import Advance, progress
 from tools.recording import PROVENANCE, Recorded, RecordingWriter
+from tools.whole_files import whole
 
 USAGE_STATUS, TROUBLE_STATUS = 2, 3
 Reader = Callable[[Path, Complain], Iterator[Recorded]]
@@ -89,25 +90,30 @@ def import_drives(kinds: list[str], arguments: argparse.Namespace) -> Summary:
     drives = [_drive(kind, arguments, complain) for kind in kinds]
     start_ns = None if arguments.start is None else round(arguments.start.timestamp() * 1_000_000) * 1000
     found, provenance = joined(drives, align=not arguments.keep_times, start_ns=start_ns)
-    part = arguments.out.with_name(f"{arguments.out.name}.part")
-    with part.open("wb") as stream, RecordingWriter(stream) as writer:
+    with whole(arguments.out) as stream, RecordingWriter(stream) as writer:
         writer.metadata(PROVENANCE, provenance)
         with progress("writing", len(found), quiet=arguments.quiet) as advance:
             for number, message in enumerate(found, start=1):
                 writer.write(message)
                 advance(number, message.topic)
-    part.replace(arguments.out)
     return Summary(count=len(found), provenance=provenance, skipped=len(skipped))
 
 
 def _drive(kind: str, arguments: argparse.Namespace, complain: Complain) -> Drive:
     reader = READERS[kind][0] if kind != "mdf" else partial(_mdf, arguments.dbc)
     paths: list[Path] = getattr(arguments, kind)
-    found = tuple(message for path in paths for message in reader(path, complain))
+    with progress("reading", None, quiet=arguments.quiet) as advance:
+        found = tuple(_counted((message for path in paths for message in reader(path, complain)), advance))
     if not found:
         message = f"{', '.join(str(path) for path in paths)}: no messages in it"
         raise SourceError(message)
     return Drive(name=f"{kind} {', '.join(path.name for path in paths)}", messages=found)
+
+
+def _counted(found: Iterator[Recorded], advance: Advance) -> Iterator[Recorded]:
+    for number, message in enumerate(found, start=1):
+        advance(number, message.topic)
+        yield message
 
 
 def _mdf(dbc: Path, path: Path, _complain: Complain) -> Iterator[Recorded]:

@@ -18,7 +18,14 @@ def progress(title: str, total: float | None, *, quiet: bool = False) -> Iterato
     """Show a bar; the yielded function takes what is done so far and a short text."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    shown = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=quiet, transient=True)
+    hidden = quiet or not console.is_terminal
+    shown = Progress(
+        *columns,
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=hidden,
+        transient=True,
+    )
     with shown:
         task = shown.add_task(title, total=total, note="")
 

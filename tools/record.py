@@ -26,6 +26,7 @@ from tools.progress import progress
 from tools.recording import PROVENANCE, Recorded, RecordingWriter, messages
 from tools.signals import ended_by_signals
 from tools.stamps import DEFAULT_KEYS, stated_ns
+from tools.whole_files import whole
 
 FLUSH_SECONDS = 0.5  # at most this much is lost when the power goes
 TROUBLE_STATUS = 3
@@ -174,7 +175,7 @@ def record(target: Path, address: Address, wanted: Wanted, *, quiet: bool) -> Su
             _watch(recorder, stopped, begun, quiet=quiet)
         recorder.finish()
         recorder.flush()
-    _index(part, target)
+    _index(part, target, recorder.count, quiet=quiet)
     return Summary(
         file=str(target),
         count=recorder.count,
@@ -204,11 +205,16 @@ def _subscribe(client: paho.Client, filters: tuple[str, ...]) -> None:
         client.subscribe([(wanted, 2) for wanted in filters])
 
 
-def _index(part: Path, target: Path) -> None:
-    with target.open("wb") as stream, RecordingWriter(stream) as writer:
+def _index(part: Path, target: Path, count: int, *, quiet: bool) -> None:
+    with (
+        whole(target) as stream,
+        RecordingWriter(stream) as writer,
+        progress("indexing", count, quiet=quiet) as advance,
+    ):
         writer.metadata(PROVENANCE, {"composite": "false", "recorded": "from a broker"})
-        for message in messages(part):
+        for number, message in enumerate(messages(part), start=1):
             writer.write(message)
+            advance(number, "")
     part.unlink()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import json
 import re
 import sys
 from collections import Counter
@@ -31,7 +32,9 @@ from tools.drawing import (
     timeline_svg,
 )
 from tools.judge import STATES
+from tools.progress import progress
 from tools.run_file import PICTURES, Event, Picture, RunFile, load
+from tools.whole_files import write_whole
 
 PAGES = Path(__file__).parent / "pages"
 MOST_PICTURES = 12  # of the run, spread over it: each is 0.2 MB in the page
@@ -45,6 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("report", help="make a page of a run", description=__doc__)
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="the folder of a run, with run.json")
     parser.add_argument("-o", "--out", type=Path, help="the page to write, default: RUN/report.html")
+    parser.add_argument("--json", action="store_true", help="print where the page is, and its counts, as JSON")
     parser.add_argument("--quiet", action="store_true", help="do not say where the page is")
     parser.set_defaults(run=run)
 
@@ -53,11 +57,21 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page; 0 done, 3 the run cannot be read."""
     out = arguments.out or arguments.run_folder / "report.html"
     try:
-        out.write_text(page(load(arguments.run_folder), arguments.run_folder / PICTURES), encoding="utf-8")
+        kept = load(arguments.run_folder)
+        with progress("drawing", None, quiet=arguments.quiet):
+            write_whole(out, page(kept, arguments.run_folder / PICTURES).encode())
     except (AgentError, OSError) as exc:
         print(f"report: {exc}", file=sys.stderr)
         return TROUBLE_STATUS
-    if not arguments.quiet:
+    if arguments.json:
+        told = {
+            "page": str(out),
+            "problems": kept.problems,
+            "messages": len(kept.events),
+            "pictures": len(kept.pictures),
+        }
+        print(json.dumps(told))
+    elif not arguments.quiet:
         print(out)
     return 0
 

@@ -18,6 +18,7 @@ from tools.schemas import NANOSECONDS, json_object
 from tools.stamps import rfc3339
 from tools.toml_text import toml_text
 from tools.trial import Setting, Trial
+from tools.whole_files import write_whole
 
 RUN_FILE, PICTURES = "run.json", "pictures"
 FORMAT = 1
@@ -105,7 +106,7 @@ def save(folder: Path, run: RunFile, verdict: Verdict) -> None:
     for kept, picture in zip(run.pictures, verdict.pictures, strict=True):
         (pictures / kept.before).write_bytes(picture.sent.payload)
         (pictures / kept.after).write_bytes(picture.data)
-    (folder / RUN_FILE).write_bytes(msgspec.json.encode(run))
+    write_whole(folder / RUN_FILE, msgspec.json.encode(run))
 
 
 def load(folder: Path) -> RunFile:

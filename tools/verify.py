@@ -36,6 +36,7 @@ from tools.scene import agent_values
 from tools.schedule import Options
 from tools.trial import BROKERS, Setting, conduct
 from tools.verification import judged
+from tools.whole_files import write_whole
 
 MOST_MPS = 1000.0  # the fastest car that the agent's configuration takes
 CAR_MPS = 70.0  # the agent's own default of motion.max_speed_mps
@@ -92,7 +93,7 @@ def _one(arguments: argparse.Namespace, expected: Expectations) -> int:
     done = asyncio.run(judged(setting, expected, offline.conduct if arguments.offline else conduct))
     keep(folder, setting, done.sent, done.trial, done.verdict)
     if arguments.junit:
-        arguments.junit.write_bytes(junit(arguments.recording.name, done.checks, time.monotonic() - begun))
+        write_whole(arguments.junit, junit(arguments.recording.name, done.checks, time.monotonic() - begun))
     _print(done.checks, folder, as_json=arguments.json)
     return 0 if all(one.passed for one in done.checks) else FAILED_STATUS
 
@@ -111,7 +112,7 @@ def _archive(arguments: argparse.Namespace, expected: Expectations) -> int:
     archive_page.write(out / archive_page.PAGE, arguments.archive.absolute().name, results)
     if arguments.junit:
         checks = [archive_results.as_check(one) for one in results]
-        arguments.junit.write_bytes(junit(arguments.archive.name, checks, time.monotonic() - begun))
+        write_whole(arguments.junit, junit(arguments.archive.name, checks, time.monotonic() - begun))
     _print_archive(results, out, as_json=arguments.json)
     outcomes = {one.outcome for one in results}
     return FAILED_STATUS if "failed" in outcomes else TROUBLE_STATUS if "broken" in outcomes else 0
