@@ -107,6 +107,7 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack, reload: asyn
     identity = wiring.identity(setup)
     history = PositionHistory(wiring.position_limits(setup), boot_id=identity.boot_id)
     ledger = Ledger.open(setup.ledger_path, wiring.ledger_limits(setup), seal=wiring.audit_seal(signer))
+    stack.callback(ledger.close)
     for incident in ledger.incidents:
         log.warning("ledger.incident", extra={"incident": incident})
     options = CommitOptions(max_delay_s=setup.config.limits.commit_ms / 1000)

@@ -88,6 +88,8 @@ def _connections(content: Mapping[str, Any]) -> Iterator[str]:
         state = "connected" if endpoint["connected"] else f"down: {endpoint['error']}" if endpoint["error"] else "idle"
         slow = _mostly(endpoint["delivered_seconds"], "delivered")
         yield f"endpoint    {name}: {state}, {endpoint['in_flight']} in flight{slow}"
+        if endpoint.get("certificate"):
+            yield f"            OLD CERTIFICATE in use, the new one does not work: {endpoint['certificate']}"
     for name, session in sorted(content["sessions"].items()):
         slow = _mostly(session["durable_seconds"], "durable")
         yield f"intake      {name}: {'connected' if session['connected'] else 'not connected'}{slow}"

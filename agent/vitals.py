@@ -55,6 +55,7 @@ def of_uplinks(uplinks: Mapping[str, Uplink]) -> dict[str, Any]:
         name: {
             "connected": uplink.connected,
             "error": uplink.last_error,
+            "certificate": uplink.shown.error,
             "in_flight": uplink.in_flight,
             "resent": uplink.resent,
             "delivered_seconds": uplink.delivered.as_dict(),

@@ -209,12 +209,17 @@ state = "state"
 
 
 @asynccontextmanager
-async def car(folder, regions=("cn", "hk")):
-    """Brokers, subscribers on every regional one, and a configured agent that the test starts."""
+async def car(folder, regions=("cn", "hk"), lines=()):
+    """Brokers, subscribers on every regional one, and a configured agent that the test starts.
+
+    `lines` are more of the regional brokers' configuration.
+    """
     async with AsyncExitStack() as stack:
         inner = await stack.enter_async_context(mosquitto(config_lines=["max_queued_messages 0"]))
         outer = {
-            name: await stack.enter_async_context(mosquitto(config_lines=DURABLE, folder=folder / f"broker-{name}"))
+            name: await stack.enter_async_context(
+                mosquitto(config_lines=[*DURABLE, *lines], folder=folder / f"broker-{name}")
+            )
             for name in regions
         }
         made = Car(folder=folder, inner=inner, outer=outer)

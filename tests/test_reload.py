@@ -17,6 +17,8 @@ from agent import assembly, status
 from agent.accepted import FILE, Accepted
 from agent.errors import InvalidConfigError
 from agent.settings.config import shipped_manifest
+from agent.wire.envelope import verify
+from agent.wire.signing import public_keys
 from tools.brokers import mosquitto_path
 
 pytestmark = pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
@@ -314,3 +316,32 @@ def test_unsigned_policy_moves_no_serial(setup_of):
     assert (after.serial, after.digest) == (5, "old")
     assert after.meanings == {"gone": ["XX"], "cn": ["CN"]}
     assert remembered.after(setup_of(6)).serial == 6
+
+
+async def test_record_key_is_taken_over_and_a_bad_one_is_not(tmp_path, patience):
+    async with asyncio.timeout(4 * patience), car(tmp_path) as it:
+        it.configure(agent='[signing]\nkey_file = "car.pem"\n')
+        command_line.main(["sign", "--key", str(tmp_path / "car.pem"), "--generate"])
+        await it.start()
+        await it.at(SHENZHEN)
+
+        async def signed(number):
+            it.telemetry(number)
+            await it.until(lambda: len(it.received) == number)
+            return it.received[-1].envelope
+
+        keys = public_keys((tmp_path / "car.pem.pub").read_bytes())
+        verify(await signed(1), keys)
+        good = (tmp_path / "car.pem").read_bytes()
+        (tmp_path / "car.pem").write_text("no key")
+        assert "signing.key_file" in await reload(it)
+        verify(await signed(2), keys)
+        (tmp_path / "car.pem").unlink()
+        command_line.main(["sign", "--key", str(tmp_path / "car.pem"), "--generate"])
+        assert (tmp_path / "car.pem").read_bytes() != good
+        assert await reload(it) == ""
+        fresh = public_keys((tmp_path / "car.pem.pub").read_bytes())
+        verify(await signed(3), fresh)
+        await it.stop()
+        audit = ["audit", "verify", "--key", str(tmp_path / "car.pem.pub"), str(tmp_path / "state" / "ledger.sqlite")]
+        assert command_line.main(audit) == 0, "the audit log's seal is signed by the new key as well"

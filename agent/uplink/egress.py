@@ -19,7 +19,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -28,6 +28,8 @@ from agent.errors import EndpointError
 from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Session
 from agent.mqtt.threads import beside
+from agent.uplink import tls
+from agent.uplink.tls import Shown
 
 if TYPE_CHECKING:  # paho defines it for type checkers only
     from paho.mqtt.client import SocketLike
@@ -49,33 +51,23 @@ class PeerRules:
     key_file: str = ""
 
 
-class _NamedContext(ssl.SSLContext):
-    """A client context that verifies one name, whatever address is connected to."""
-
-    name = ""
-
-    def wrap_socket(self, sock: socket.socket, *_: Any, **_options: Any) -> ssl.SSLSocket:  # noqa: ANN401
-        """Shake hands too, for paho leaves a socket open on which that fails; a second handshake does nothing."""
-        wrapped = super().wrap_socket(sock, server_hostname=self.name, do_handshake_on_connect=False)
-        try:
-            wrapped.do_handshake()
-        except BaseException:
-            wrapped.close()
-            raise
-        return wrapped
-
-
-async def dial(rules: PeerRules, session: Session, attempt: int = 0) -> Connection:
+async def dial(rules: PeerRules, session: Session, attempt: int = 0, shown: Shown | None = None) -> Connection:
     """An open connection to the endpoint and to nobody else; raises EndpointError. Cancelling closes it.
 
-    `attempt` goes through the endpoint's addresses in turn, so that a dead one does not hide the others.
+    `attempt` goes through the endpoint's addresses in turn, so that a dead one does not hide the others. `shown` knows
+    which TLS files worked last.
     """
     addresses = await resolve(rules)
-    context = await asyncio.to_thread(tls_context, rules)
-    target = replace(session, host=addresses[attempt % len(addresses)], port=rules.port, tls=context)
-    connection = Connection(target, check_peer=peer_check(rules))
-    await connection.open()
-    return connection
+    target = replace(session, host=addresses[attempt % len(addresses)], port=rules.port)
+
+    async def opened(context: ssl.SSLContext | None) -> Connection:
+        connection = Connection(replace(target, tls=context), check_peer=peer_check(rules))
+        await connection.open()
+        return connection
+
+    if shown is not None and rules.tls:
+        return await shown.connect(rules, opened)
+    return await opened(await asyncio.to_thread(tls_context, rules))
 
 
 async def resolve(rules: PeerRules) -> tuple[str, ...]:
@@ -108,26 +100,7 @@ def permitted(address: str, rules: PeerRules) -> bool:
 
 def tls_context(rules: PeerRules) -> ssl.SSLContext | None:
     """A new verifying context, or None for an endpoint without TLS; raises EndpointError for unusable files."""
-    if not rules.tls:
-        return None
-    context = _NamedContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.name = rules.host
-    try:
-        if rules.ca_file:
-            context.load_verify_locations(cafile=rules.ca_file)
-        else:
-            context.load_default_certs()
-        if rules.cert_file:
-            context.load_cert_chain(rules.cert_file, rules.key_file or None, password=_no_passphrase)
-    except (OSError, ssl.SSLError) as exc:
-        raise EndpointError(f"{rules.host}: its TLS files cannot be used: {exc}") from exc
-    return context
-
-
-def _no_passphrase() -> str:
-    """Without it OpenSSL asks for the passphrase of an encrypted key on the terminal, and waits."""
-    return ""
+    return tls.context(rules, tls.read(rules))
 
 
 def peer_check(rules: PeerRules) -> Callable[[SocketLike], None]:

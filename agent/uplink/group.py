@@ -26,10 +26,18 @@ class UplinkGroup:
         self._ending = False
 
     async def apply(self, wanted: Mapping[str, UplinkOptions], start: Start) -> None:
-        """Stop what is not wanted any more, or not like this; start what is missing; leave the rest as it is."""
-        await self.stop([name for name, uplink in self.running.items() if wanted.get(name) != uplink.options])
+        """Stop what is not wanted any more, or not like this; start what is missing; leave the rest as it is.
+
+        Where other TLS files lie there than before, a connection is renewed.
+        """
+        before = dict(self.running)
+        await self.stop([name for name, uplink in before.items() if wanted.get(name) != uplink.options])
+        await asyncio.gather(*(uplink.renew() for uplink in self.running.values()))
         for name in () if self._ending else wanted.keys() - self.running.keys():
             self.running[name] = self._make(wanted[name])
+            if name in before and before[name].options.peer.host == wanted[name].peer.host:
+                self.running[name].shown = before[name].shown
+                self.running[name].shown.ask()
             self._tasks[name] = start(f"uplink-{name}", self.running[name].run_loop())
         self._board.wake(self.running)
 

@@ -40,6 +40,7 @@ from agent.uplink.patience import Patience
 from agent.uplink.presence import Presence, PresenceOptions
 from agent.uplink.shares import Shares
 from agent.uplink.supply import Supply
+from agent.uplink.tls import Shown
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ IN_FLIGHT_BYTES = 16 << 20  # without PUBACK: paho keeps them in memory
 # MQTT 5.0, 3.4.2.1: Unspecified, Implementation specific, Not authorized, Packet identifier in use, Quota exceeded.
 # An access list can be mended; a record that was thrown away because of it cannot.
 RETRY_LATER = frozenset({0x80, 0x83, 0x87, 0x91, 0x97})
+
+
+class _RenewalError(AgentError):
+    """Nothing is wrong with the connection, but a new one is wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +97,7 @@ class Uplink:
         self.resent = 0
         self.delivered = Histogram(WAIT_SECONDS)
         self.options = options
+        self.shown = Shown(options.name)
         self._again = again
         self._policy = policy
         self._registration = registration
@@ -104,6 +110,7 @@ class Uplink:
         self._attempts = itertools.count()
         self._broken: LedgerError | None = None
         self._draining = False
+        self._renewing = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -117,6 +124,13 @@ class Uplink:
         self._draining = True
         await self._idle.wait()
 
+    async def renew(self) -> None:
+        """Connect anew once nothing is in flight, where other TLS files lie there now. Cancelling is safe."""
+        if self.shown.error or await self.shown.differs(self.options.peer):
+            self.shown.ask()
+            self._renewing = True
+            self._wake.set()
+
     async def run_loop(self) -> None:
         """Connect, publish, connect again; returns only by cancelling, after which nothing is in flight.
 
@@ -127,6 +141,8 @@ class Uplink:
             started = time.monotonic()
             try:
                 await self._serve()
+            except _RenewalError:
+                continue
             except (AgentError, TimeoutError) as exc:
                 if isinstance(exc, LedgerError) and not isinstance(exc, LedgerStalledError):
                     raise
@@ -160,17 +176,18 @@ class Uplink:
 
     async def _serve(self) -> None:
         await self._needed()
+        self._renewing = False
         presence, session = self._presence(), self.options.session
         if presence is not None:
             session = replace(session, will=presence.will(time.time_ns()))
-        connection = await dial(self.options.peer, session, next(self._attempts))
+        connection = await dial(self.options.peer, session, next(self._attempts), self.shown)
         reason = "given up"
         try:
             self._up()
             if presence is not None:
                 presence.born(connection, time.time_ns())
             await self._pump_loop(connection, presence)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, _RenewalError):
             if presence is not None:
                 await presence.dead(connection, time.time_ns())
             connection.close()
@@ -211,7 +228,8 @@ class Uplink:
         try:
             while not connection.closed.done():
                 self._wake.clear()
-                if not self._draining:
+                self._renewing |= self.shown.due(time.monotonic())
+                if not (self._draining or self._renewing):
                     await supply.refill(self._window(connection))
                 while supply.ready and self._may_send(connection):
                     await self._send(connection, outlet, supply.ready.popleft())
@@ -228,7 +246,12 @@ class Uplink:
         return self._patience.window(min(self.options.in_flight, connection.receive_maximum), time.monotonic())
 
     def _may_send(self, connection: Connection) -> bool:
-        if self._draining or connection.closed.done() or len(self._flights) >= self._window(connection):
+        if (
+            self._draining
+            or self._renewing
+            or connection.closed.done()
+            or len(self._flights) >= self._window(connection)
+        ):
             return False
         return not self._flights or (connection.unsent < UNSENT_BYTES and self._flights.bytes < IN_FLIGHT_BYTES)
 
@@ -314,6 +337,8 @@ class Uplink:
 
     def _check(self, connection: Connection) -> None:
         """Raise the reason to give the connection up, if there is one."""
+        if self._renewing and not self._flights:
+            raise _RenewalError("renewed")
         if self._broken is not None:
             raise self._broken
         stuck = self._flights.stuck(time.monotonic(), connection.acknowledged(), self.options.ack_timeout_s)
