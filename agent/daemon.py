@@ -26,6 +26,7 @@ from agent.clock import is_set
 from agent.errors import AgentError, LedgerStalledError
 from agent.intake.intake import Fixes, Intake, Inward
 from agent.intake.line import Line, Numbering
+from agent.memory import Memory
 from agent.pipeline import Pipeline
 from agent.places.positions import PositionHistory
 from agent.policy import Policy
@@ -225,6 +226,7 @@ async def _drain(parts: Parts) -> None:
 
 
 async def _sweep_loop(parts: Parts) -> None:
+    memory = Memory()
     while True:
         now_ns = time.time_ns()
         with contextlib.suppress(LedgerStalledError):  # the status says so; the next sweep tries again
@@ -234,6 +236,7 @@ async def _sweep_loop(parts: Parts) -> None:
                 boot_id=parts.boot_id,
             )
         journal.tell()
+        await asyncio.to_thread(memory.tidy, time.monotonic())
         await asyncio.sleep(SWEEP_SECONDS)
 
 

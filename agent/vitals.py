@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from agent import status
 from agent.intake.intake import Fixes, Intake
+from agent.memory import resident_bytes
 from agent.redaction.pool import RedactionPool
 from agent.store.committer import Committer
 from agent.uplink.uplink import Uplink
-
-PAGE_BYTES = resource.getpagesize()
 
 
 def of_worker(worker: RedactionPool) -> dict[str, Any]:
@@ -72,5 +69,4 @@ async def of_ledger(committer: Committer) -> dict[str, Any]:
 
 def of_process() -> dict[str, int]:
     """This process, without the redaction process."""
-    resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
-    return {"resident_bytes": resident, "threads": len(os.listdir("/proc/self/task"))}  # noqa: PTH208 - no Path is needed
+    return {"resident_bytes": resident_bytes() or 0, "threads": len(os.listdir("/proc/self/task"))}  # noqa: PTH208 - no Path is needed

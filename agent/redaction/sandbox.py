@@ -16,6 +16,7 @@ import importlib
 import io
 import os
 import resource
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from agent.errors import AgentError, RefusedError
+from agent.memory import PAGE_BYTES, trim
 from agent.messages import Box
 from agent.redaction import seccomp
 from agent.redaction.frames import HEADER_BYTES, Hello, Reply, Request, Setup, encode
@@ -35,7 +37,7 @@ from agent.redaction.redaction import redact_payload
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38  # linux/prctl.h
 WARM_UP_SIDE = 64  # pixels
-PAGE_BYTES = resource.getpagesize()
+IDLE_SECONDS = 1.0
 T = TypeVar("T")
 
 
@@ -70,11 +72,23 @@ def main() -> int:
         _send(stdout, Hello(error=_start_error(exc), detail=str(exc) if isinstance(exc, AgentError) else ""))
         return 1
     _send(stdout, Hello(digest=detector.digest, confined=confined, resident_bytes=_resident(statm)))
-    while (request := _read(stdin, Request)) is not None:
+    while (request := _next(stdin)) is not None:
         _limit_time(setup)
         reply = _answer(setup, detector, request)
         _send(stdout, msgspec.structs.replace(reply, resident_bytes=_resident(statm)))
+        del request, reply
     return 0
+
+
+def _next(stdin: BinaryIO) -> Request | None:
+    """The next request; None at the end. After IDLE_SECONDS without one, what large pictures took is given back.
+
+    Nothing of it can be in the buffer already, for it is sent only after our reply. (poll is not for a process that may
+    open no files: it compares the limit with the number of its own.)
+    """
+    if not select.select([stdin], [], [], IDLE_SECONDS)[0]:
+        trim()
+    return _read(stdin, Request)
 
 
 def _resident(statm: int) -> int:

@@ -31,6 +31,7 @@ import msgspec
 
 from agent.errors import RefusedError
 from agent.histogram import WORK_SECONDS, Histogram
+from agent.memory import resident_bytes
 from agent.payloads.inspection import InspectionLimits
 from agent.pictures.formats import RedactedPayload, RedactionOptions
 from agent.redaction.frames import HEADER_BYTES, Hello, Reply, Request, Setup, encode
@@ -88,7 +89,7 @@ class RedactionWorker:
 
     `digest` is the open model's SHA-256; `error` and `detail` say why the last start failed, empty where it did not.
     `confined` says whether the kernel filters the process's system calls; `unloaded`, that it was ended for want of
-    pictures; `restarts`, how many were started after failures. `resident_bytes` is its memory when it last answered.
+    pictures; `restarts`, how many were started after failures.
     `redactions` and `starts` are the times that payloads and starts took.
     """
 
@@ -99,7 +100,7 @@ class RedactionWorker:
         self.detail = ""
         self.unloaded = False
         self.restarts = 0
-        self.resident_bytes = 0
+        self._resident_bytes = 0
         self.redactions, self.starts = Histogram(WORK_SECONDS), Histogram(WORK_SECONDS)
         self._options = options
         self._process: asyncio.subprocess.Process | None = None
@@ -113,6 +114,12 @@ class RedactionWorker:
     def ready(self) -> bool:
         """Whether a process with a verified model waits for pictures."""
         return self._process is not None and self._process.returncode is None
+
+    @property
+    def resident_bytes(self) -> int:
+        """Its memory now; where /proc hides it, when it last answered; 0 while none runs."""
+        found = resident_bytes(self._process.pid) if self._process is not None else 0
+        return self._resident_bytes if found is None else found
 
     @property
     def pid(self) -> int | None:
@@ -160,7 +167,7 @@ class RedactionWorker:
                 await self._discard()
                 raise
             self._failures = 0
-            self.resident_bytes = reply.resident_bytes
+            self._resident_bytes = reply.resident_bytes
             if reply.refused:
                 raise RefusedError(reply.refused, reply.detail)
             counts = MappingProxyType(reply.counts)
@@ -186,7 +193,7 @@ class RedactionWorker:
             log.warning("worker.start-failed", extra={"reason": exc.reason})
             raise
         self.digest, self.confined, self.error, self.detail = hello.digest, hello.confined, "", ""
-        self.resident_bytes, self._used = hello.resident_bytes, asyncio.get_running_loop().time()
+        self._resident_bytes, self._used = hello.resident_bytes, asyncio.get_running_loop().time()
         self.starts.observe(time.monotonic() - began)
 
     async def _greet(self) -> Hello:
@@ -262,7 +269,7 @@ class RedactionWorker:
 
     async def _end(self) -> bool:
         """Kill the process and its group; whether there was one."""
-        process, self._process, self.resident_bytes = self._process, None, 0
+        process, self._process, self._resident_bytes = self._process, None, 0
         if process is None:
             return False
         with contextlib.suppress(ProcessLookupError):
