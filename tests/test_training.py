@@ -494,6 +494,34 @@ def test_cells_answer_for_the_object_they_lie_in_and_ignored_places_cost_nothing
 
 
 @torch_needed
+def test_spare_cell_of_an_object_may_speak_up_to_its_own_overlap_and_no_other_may():
+    import torch  # noqa: PLC0415
+
+    from tools.training.losses import Cells, Objects, assign, loss_of  # noqa: PLC0415
+
+    cells = Cells.of(64, 64)
+    plate = torch.tensor([4.0, 4.0, 60.0, 44.0])
+    objects = Objects.of([Targets.of([(PLATE, plate.tolist(), False)])])
+    distances = torch.cat([cells.centres - plate[:2], plate[2:] - cells.centres], dim=1) / cells.strides[:, None]
+    values = torch.full((1, len(cells.strides), 15), -9.0)
+    values[0, :, 11:15] = distances.clamp(min=1e-4).log()
+    boxes = plate.expand(1, len(cells.strides), 3, 4)
+    chosen = assign(torch.full((1, len(cells.strides), 3), 0.1), boxes, objects, cells)
+    inner = chosen.spare[0, :, PLATE] > 0
+    inner[chosen.cells] = False
+    assert inner.sum() > 10
+    assert chosen.spare[0, :, [PERSON, FACE]].max() == 0
+    values[0, chosen.cells, PLATE] = 4.0
+    before = float(loss_of(values, objects, cells).score)
+    values[0, inner, PLATE] = 2.0
+    assert float(loss_of(values, objects, cells).score) == pytest.approx(before, abs=0.05)
+    outside = chosen.spare[0, :, PLATE] == 0
+    assert outside.sum() > 5
+    values[0, outside, PLATE] = 2.0
+    assert float(loss_of(values, objects, cells).score) > before + 1
+
+
+@torch_needed
 def test_disputed_cell_goes_to_the_larger_value():
     import torch  # noqa: PLC0415
 

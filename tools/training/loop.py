@@ -32,7 +32,7 @@ from tools.training.tiles import Album, Stream, batch_of
 
 WARM_UP = 300  # steps of rising rate
 LAST_RATE = 0.01  # of the highest rate
-AVERAGE = 0.999  # decay of the moving average per step
+AVERAGE = 0.998  # decay of the moving average per step
 FOLLOW = 4  # steps between its updates
 CLIP = 10.0  # largest norm of a step's gradient
 REPORT = 50  # steps between lines of the log

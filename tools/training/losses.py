@@ -3,7 +3,8 @@
 Each class is assigned on its own. A cell is a candidate for an object when its centre lies inside the object's box; of
 these the ten best aligned by score and overlap answer for it (task alignment, arXiv 2108.07755, 3.2, with exponents 0.5
 and 6). The score learns the overlap that the cell reaches (quality focal loss, arXiv 2006.04388, 3.1); places that the
-labels say nothing about cost nothing.
+labels say nothing about cost nothing. A further cell whose box would fall to a better one of the same object may say what
+it likes up to its own overlap: were it taught to be silent, a large object's many like cells would all learn to mumble.
 """
 
 # torch is loosely typed, and absent where nobody trains: the file has to pass in both cases.
@@ -24,6 +25,7 @@ from tools.training.plan import STRIDES
 BEST = 10  # cells per object
 SCORE_POWER, OVERLAP_POWER = 0.5, 6.0
 BOX_WEIGHT = 2.0
+SPARE = 0.5  # overlap with its object from which a cell that does not answer for it is not taught to be silent
 FARTHEST = 5.0  # largest logarithm of a distance in strides: 148 strides
 
 
@@ -93,13 +95,17 @@ class Objects:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """Rows that answer for an object, as picture, class, cell (P,), their object's box (P, 4) and wanted score (P,)."""
+    """Rows that answer for an object, as picture, class, cell (P,), their object's box (P, 4) and wanted score (P,).
+
+    `spare` (B, N, C) is the overlap with an object that a cell lies in, where it is SPARE or more, else 0.
+    """
 
     pictures: Tensor
     classes: Tensor
     cells: Tensor
     boxes: Tensor
     wanted: Tensor
+    spare: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +187,16 @@ def assign(scores: Tensor, boxes: Tensor, objects: Objects, cells: Cells) -> Ass
         cells=cell[kept],
         boxes=objects.boxes[owner[kept]],
         wanted=wanted[taken][kept],
+        spare=_spare(reached * candidates, objects, scores),
     )
+
+
+def _spare(reached: Tensor, objects: Objects, scores: Tensor) -> Tensor:
+    """Largest overlap (B, N, C) of a cell with an object of its class, 0 below SPARE, from those of all pairs (G, N)."""
+    result = torch.zeros(scores.shape[0] * scores.shape[2], scores.shape[1], device=scores.device)
+    row = (objects.pictures * scores.shape[2] + objects.classes)[:, None].expand_as(reached)
+    result = result.scatter_reduce(0, row, reached * (reached >= SPARE), "amax")
+    return result.unflatten(0, (scores.shape[0], scores.shape[2])).transpose(1, 2)
 
 
 def undisputed(key: Tensor, value: Tensor, keys: int) -> Tensor:
@@ -210,7 +225,7 @@ def loss_of(values: Tensor, objects: Objects, cells: Cells) -> Loss:
     boxes = decoded(values, cells)
     found = assign(scores.detach(), boxes.detach(), objects.where(~objects.ignored), cells)
     place = (found.pictures, found.cells, found.classes)
-    wanted = torch.zeros_like(scores)
+    wanted = torch.minimum(scores.detach(), found.spare)
     wanted[place] = found.wanted
     weight = teaching(objects, cells, scores.shape)
     weight[place] = 1.0
