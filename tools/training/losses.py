@@ -3,8 +3,9 @@
 Each class is assigned on its own. A cell is a candidate for an object when its centre lies inside the object's box; of
 these the ten best aligned by score and overlap answer for it (task alignment, arXiv 2108.07755, 3.2, with exponents 0.5
 and 6). The score learns the overlap that the cell reaches (quality focal loss, arXiv 2006.04388, 3.1); places that the
-labels say nothing about cost nothing. A further cell whose box would fall to a better one of the same object may say what
-it likes up to its own overlap: were it taught to be silent, a large object's many like cells would all learn to mumble.
+labels say nothing about cost nothing. A further cell whose box would fall to a better one of the same object may say
+what it likes up to its own overlap: were it taught to be silent, a large object's many like cells would all learn to
+mumble.
 """
 
 # torch is loosely typed, and absent where nobody trains: the file has to pass in both cases.
@@ -192,7 +193,7 @@ def assign(scores: Tensor, boxes: Tensor, objects: Objects, cells: Cells) -> Ass
 
 
 def _spare(reached: Tensor, objects: Objects, scores: Tensor) -> Tensor:
-    """Largest overlap (B, N, C) of a cell with an object of its class, 0 below SPARE, from those of all pairs (G, N)."""
+    """Largest overlap (B, N, C) of a cell with an object of its class, 0 below SPARE, from all pairs' (G, N)."""
     result = torch.zeros(scores.shape[0] * scores.shape[2], scores.shape[1], device=scores.device)
     row = (objects.pictures * scores.shape[2] + objects.classes)[:, None].expand_as(reached)
     result = result.scatter_reduce(0, row, reached * (reached >= SPARE), "amax")
