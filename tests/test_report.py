@@ -82,7 +82,7 @@ def folder(tmp_path):
         policy={"version": "p-1", "sha256": "ab" * 32},
         model="cd" * 32,
         audit="rows 1 to 9 intact",
-        replay={"sent": 5},
+        replay={"sent": 5, "late_p50_ms": 0.1, "late_p99_ms": 1.5},
         events=events_of(sent, verdict, 0),
         track=((0.0, 22.53, 114.06), (4.0, 22.50, 114.07)),
         pictures=pictures_of(verdict, 0),

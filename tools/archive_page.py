@@ -62,7 +62,7 @@ def _squares(results: Sequence[Result]) -> str:
     drawn: dict[str, list[str]] = {}
     for index, one in enumerate(results):
         row, column = divmod(index, SQUARES_IN_A_ROW)
-        drawn.setdefault(one.outcome, []).append(f"M{(column + 0.5) * SQUARE:g} {(row + 0.5) * SQUARE:g}h0")
+        drawn.setdefault(one.outcome, []).append(f"M{(column + 0.5) * SQUARE:g} {(row + 0.5) * SQUARE:g}h.1")
     height = SQUARE * -(-len(results) // SQUARES_IN_A_ROW)
     paths = "".join(f'<path class="square {name}" d="{"".join(parts)}"/>' for name, parts in sorted(drawn.items()))
     size = f"0 0 {SQUARES_IN_A_ROW * SQUARE:g} {height:g}"
@@ -104,7 +104,7 @@ def _row(one: Result) -> str:
     cells = [
         f"{one.drive_s / 60:.1f}",
         one.messages,
-        *(one.states.get(state, 0) for state in ("delivered", "held", "refused", "expired")),
+        *(one.states.get(state, 0) for state in ("delivered", "held", "refused")),
         one.pictures,
         sum(one.masked.values()),
     ]

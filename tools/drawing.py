@@ -117,7 +117,7 @@ def timeline_svg(events: Sequence[Event], fates: Sequence[str]) -> str:
         x = round(LABEL_WIDTH + one.second / end * (width - 8), 1)
         dots.setdefault((one.topic, fate), []).append((x, round((topics.index(one.topic) + lane) * ROW_HEIGHT, 1)))
     rows = "".join(
-        f'<text x="0" y="{(index + 0.65) * ROW_HEIGHT:g}">{escape(topic)}</text>'
+        f'<text x="8" y="{(index + 0.65) * ROW_HEIGHT:g}">{escape(topic)}</text>'
         f'<path class="row" d="M{LABEL_WIDTH:g} {(index + 1) * ROW_HEIGHT:g}H{TIME_WIDTH:g}"/>'
         for index, topic in enumerate(topics)
     )
@@ -182,7 +182,7 @@ def _polyline(projection: Projection, points: Iterable[Sequence[float]]) -> str:
 
 
 def _dots(topic: str, fate: str, points: Iterable[tuple[float, float]]) -> str:
-    drawn = "".join(f"M{x} {y}h0" for x, y in points)
+    drawn = "".join(f"M{x} {y}h.1" for x, y in points)
     return f'<path class="dots" data-topic="{escape(topic)}" data-fate="{escape(fate)}" d="{drawn}"/>'
 
 

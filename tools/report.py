@@ -249,12 +249,19 @@ def _histogram(name: str, values: list[float]) -> str:
     return f"<figure>{histogram_svg(name, values)}<figcaption>{caption}</figcaption></figure>"
 
 
+def _replay(told: Mapping[str, float]) -> str:
+    if not told:
+        return "none: judged offline"
+    late = f"{told['late_p50_ms']:g} ms (p50), {told['late_p99_ms']:g} ms (p99)"
+    return f"{told['sent']:g} messages, handed to the in-car broker late by {late}"
+
+
 def _evidence(kept: RunFile) -> str:
     rows = {
         "Audit log": kept.audit,
         "Policy": f"{kept.policy.get('version', '')}, SHA-256 {kept.policy.get('sha256', '')}",
         "Model": f"SHA-256 {kept.model}" if kept.model else "none was loaded",
-        "Replay": ", ".join(f"{name} {value:g}" for name, value in kept.replay.items()) or "none: judged offline",
+        "Replay": _replay(kept.replay),
     }
     return "".join(
         f"<tr><th scope=row>{name}</th><td><code>{escape(text)}</code></td></tr>" for name, text in rows.items()
