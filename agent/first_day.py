@@ -21,6 +21,7 @@ BY_REGION = ("regions", "endpoints", "permit")
 HEADER = re.compile(r"^\[(\w+)\.([\w-]+)\]")
 CREDENTIALS = re.compile(r"^\[credentials\.cn\].*?(?=^\n)", re.MULTILINE | re.DOTALL)
 SECTION = "# ---"
+MODE = 0o644  # whoever can write them decides what leaves the vehicle
 DRAFT_VERSION = "draft-1"
 
 
@@ -68,6 +69,7 @@ def write(folder: Path, wish: Wish) -> list[Path]:
         for file, text in files.items():
             with file.open("x", encoding="utf-8") as out:
                 out.write(text)
+            file.chmod(MODE)
     except OSError as exc:
         raise AgentError(f"{exc.filename}: {exc.strerror}") from exc
     return list(files)

@@ -1,8 +1,10 @@
 """`init`: what it writes passes `check`, whatever regions are chosen."""
 
 import itertools
+import os
 import random
 import shutil
+import stat
 import tomllib
 from pathlib import Path
 
@@ -40,6 +42,15 @@ def test_every_set_of_regions_passes_check_and_permits_nothing_else(tmp_path, re
             assert set(permitted) <= set(regions)
     warnings = {line.split()[1] for line in commands.check(setup).splitlines() if line.startswith("warning")}
     assert warnings <= {"signing.key_file", "trust.keys_file"}, "keys are made later; nothing else is left to say"
+
+
+def test_files_can_be_written_by_their_owner_alone_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        loaded(tmp_path)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o644}
 
 
 def test_what_is_known_of_the_vehicle_stands_in_the_files(tmp_path):
