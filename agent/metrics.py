@@ -150,6 +150,11 @@ def _agent(content: Mapping[str, Any]) -> Iterator[Metric]:
         "When the event loop and the ledger's thread last said that they make progress.",
         content["time_ns"] / SECOND,
     )
+    reload = content["reload"]
+    yield CounterMetricFamily("residency_reloads", "Configurations taken since the start.", value=reload["count"])
+    yield GaugeMetricFamily(
+        "residency_reload_refused", "1 while the configuration on the disk was refused.", int(bool(reload["error"]))
+    )
     process = content["process"]
     yield GaugeMetricFamily("residency_loop_lag_seconds", "How late the event loop last was.", process["lag_seconds"])
     yield CounterMetricFamily(
@@ -199,6 +204,11 @@ def _endpoints(endpoints: Mapping[str, Any]) -> Iterator[Metric]:
     up = GaugeMetricFamily("residency_endpoint_up", "1 while connected.", labels=["endpoint"])
     failing = GaugeMetricFamily("residency_endpoint_failing", "1 while the last attempt failed.", labels=["endpoint"])
     flight = GaugeMetricFamily("residency_endpoint_in_flight", "Publishes without PUBACK.", labels=["endpoint"])
+    old = GaugeMetricFamily(
+        "residency_endpoint_old_certificate",
+        "1 while the new certificate does not work and the old one is used.",
+        labels=["endpoint"],
+    )
     resent = CounterMetricFamily("residency_records_resent", "Records sent again, by endpoint.", labels=["endpoint"])
     slow = HistogramMetricFamily(
         "residency_delivery_seconds",
@@ -209,9 +219,10 @@ def _endpoints(endpoints: Mapping[str, Any]) -> Iterator[Metric]:
         up.add_metric([name], int(endpoint["connected"]))
         failing.add_metric([name], int(bool(endpoint["error"])))
         flight.add_metric([name], endpoint["in_flight"])
+        old.add_metric([name], int(bool(endpoint["certificate"])))
         resent.add_metric([name], endpoint["resent"])
         _add(slow, [name], endpoint["delivered_seconds"])
-    yield from (up, failing, flight, resent, slow)
+    yield from (up, failing, flight, old, resent, slow)
 
 
 def _intake(content: Mapping[str, Any]) -> Iterator[Metric]:

@@ -84,14 +84,15 @@ def table(content: Mapping[str, Any], now_ns: int) -> str:
 
 
 def _connections(content: Mapping[str, Any]) -> Iterator[str]:
-    for name, endpoint in sorted(content["endpoints"].items()):
+    """What an agent of another version may not have written is left out."""
+    for name, endpoint in sorted(content.get("endpoints", {}).items()):
         state = "connected" if endpoint["connected"] else f"down: {endpoint['error']}" if endpoint["error"] else "idle"
-        slow = _mostly(endpoint["delivered_seconds"], "delivered")
+        slow = _mostly(endpoint.get("delivered_seconds", {}), "delivered")
         yield f"endpoint    {name}: {state}, {endpoint['in_flight']} in flight{slow}"
         if endpoint.get("certificate"):
             yield f"            OLD CERTIFICATE in use, the new one does not work: {endpoint['certificate']}"
-    for name, session in sorted(content["sessions"].items()):
-        slow = _mostly(session["durable_seconds"], "durable")
+    for name, session in sorted(content.get("sessions", {}).items()):
+        slow = _mostly(session.get("durable_seconds", {}), "durable")
         yield f"intake      {name}: {'connected' if session['connected'] else 'not connected'}{slow}"
 
 

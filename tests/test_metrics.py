@@ -21,7 +21,7 @@ def scrape(port):
 async def test_running_agent_serves_its_counters(tmp_path, patience):
     port = free_port()
     async with asyncio.timeout(3 * patience), car(tmp_path) as it:
-        it.configure(agent=f"[metrics]\nport = {port}\n")
+        it.configure(agent=f'[metrics]\nport = {port}\nsocket = "metrics.sock"\n')
         await it.start()
         await it.at(SHENZHEN)
         it.telemetry(1)
@@ -45,6 +45,7 @@ async def test_running_agent_serves_its_counters(tmp_path, patience):
         assert 'residency_oldest_record_age_seconds{state="pending"} 0.0' in text
         assert "residency_worker_start_seconds_count 1.0" in text
         assert 'policy="test"' in text
+        assert "residency_conserved 1.0" in await asyncio.to_thread(ask, tmp_path / "metrics.sock")
         if shutil.which("promtool"):
             judged = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)  # noqa: ASYNC221, PLW1510
             assert (judged.returncode, judged.stdout, judged.stderr) == (0, "", "")

@@ -35,11 +35,19 @@ def full_content():
         "process": {"lag_seconds": 0.1, "watchdog_fed": 1, "threads": 5, "resident_bytes": 1},
         "counts": counted | sizes | {"breakdown": reasons},
         "holds": {"region.doubt": 1},
+        "reload": {"count": 0, "error": ""},
         "stalled": None,
         "fixes": {"accepted": 1, "malformed": 1, "stale": 1},
         "sessions": {"telemetry": {"connected": True, "durable_seconds": slow}},
         "endpoints": {
-            "cn": {"connected": True, "error": "", "in_flight": 0, "resent": 0, "delivered_seconds": slow},
+            "cn": {
+                "connected": True,
+                "error": "",
+                "in_flight": 0,
+                "resent": 0,
+                "certificate": "",
+                "delivered_seconds": slow,
+            },
         },
         "model": {
             "ready": True,
