@@ -3,6 +3,8 @@ import select
 import socket
 
 import pytest
+from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.exception import MQTTException
 
 from agent.errors import EndpointError
 from agent.mqtt.client import SEND_BYTES, new_client
@@ -169,23 +171,53 @@ def pair():
     peer.close()
 
 
-def test_client_reads_ahead_gives_no_more_than_was_asked_for_and_then_the_end(pair):
+PACKETS = b"\x32\x0a\0\1t\0\7\0data" + b"\x40\2\0\x09" + b"\x40\3\0\x0a\x97" + b"\x30\6\0\1t\0hi"
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 100])
+def test_client_takes_packets_one_at_a_time_however_they_come(pair, step):
     client, peer = pair
-    peer.sendall(b"abcdef")
+    came = []
+    client.on_incoming = lambda one: came.append((one.topic, one.payload, one.mid, one.qos))
+    client.on_puback = lambda mid, code: came.append((mid, code))
+    for at in range(0, len(PACKETS), step):
+        peer.sendall(PACKETS[at : at + step])
+        select.select([client._sock], [], [])
+        before = len(came)
+        while client._packet_read() is MQTTErrorCode.MQTT_ERR_SUCCESS:
+            assert len(came) == before + 1
+            before += 1
+    assert came == [(b"t", b"data", 7, 1), (9, 0), (10, 0x97), (b"t", b"hi", 0, 0)]
     peer.close()
     select.select([client._sock], [], [])
-    assert (client._sock_recv(1), client.read_ahead) == (b"a", 5)
-    assert (client._sock_recv(3), client._sock_recv(100), client.read_ahead) == (b"bcd", b"ef", 0)
-    assert client._sock_recv(1) == b""
+    assert client._packet_read() is MQTTErrorCode.MQTT_ERR_CONN_LOST
 
 
-def test_client_that_has_read_all_says_so(pair):
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"\x40\1\0",  # half a packet identifier
+        b"\x40\3\0\1\x55",  # no such reason code
+        b"\x32\2\0\x09",  # a topic that is longer than the packet
+        b"\x32\6\0\1t\0\0\0",  # packet identifier 0
+        b"\x32\5\0\1t\0\7",  # no properties
+        b"\x36\6\0\1t\0\7\0",  # QoS 3
+        b"\x30\xff\xff\xff\xff\1",  # a length of five bytes
+    ],
+)
+def test_packet_that_makes_no_sense_is_an_error(pair, packet):
     client, peer = pair
-    peer.sendall(b"a")
+    peer.sendall(packet)
     select.select([client._sock], [], [])
-    assert client._sock_recv(1) == b"a"
-    with pytest.raises(BlockingIOError):
-        client._sock_recv(1)
+    with pytest.raises((ValueError, MQTTException)):  # the transport ends the connection whatever is raised
+        client._packet_read()
+
+
+def test_packet_identifier_of_a_publish_without_puback_is_not_used_again(pair):
+    client, _ = pair
+    first = client.send(Outgoing(topic="t", payload=b""), b"\0", ())
+    client._last_mid = first - 1
+    assert client.send(Outgoing(topic="t", payload=b""), b"\0", {first}) == first + 1
 
 
 def test_client_sends_what_was_collected_before_its_disconnect(pair):
@@ -218,11 +250,12 @@ async def test_bytes_that_were_read_ahead_count_as_unseen(pair):
     transport = Transport(client, check_peer=lambda _: None, wanted=lambda: True, lost=lambda _: None)
     transport.gauge, transport._reading = Gauge(client._sock), True
     empty_ns = transport.gauge._empty_ns
-    peer.sendall(b"two")
+    peer.sendall(PACKETS)
     select.select([client._sock], [], [])
-    client._sock_recv(1)
+    client._packet_read()
     transport._look_in()
     assert transport.gauge._empty_ns == empty_ns
-    client._sock_recv(2)
+    while client._packet_read() is MQTTErrorCode.MQTT_ERR_SUCCESS:
+        pass
     transport._look_in()
     assert transport.gauge._empty_ns > empty_ns

@@ -1,38 +1,73 @@
-"""paho clients as this agent uses them: built and connected here, driven by `mqtt`."""
+"""paho clients as this agent uses them: built and connected here, driven by `transport`.
+
+paho asks the kernel for every byte of a header, sends every packet by a call of its own, and makes a dozen objects of a
+PUBLISH or a PUBACK. So these two, and nothing else of the protocol, are read and written here: paho connects,
+subscribes, keeps alive and disconnects.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Callable, Container
+from typing import Any, NamedTuple
 
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from agent.mqtt.packets import Session
+from agent.mqtt.packets import Outgoing, Session
 
 READ_BYTES = 64 << 10  # read at a time
 SEND_BYTES = 64 << 10  # collected before they must be sent
-DISCONNECT = 0xE0  # MQTT 5.0, 3.14.1
+PUBLISH, PUBACK, DISCONNECT = 0x30, 0x40, 0xE0  # MQTT 5.0, 2.1.2
+PUBACK_CODES = frozenset({0x00, 0x10, 0x80, 0x83, 0x87, 0x90, 0x91, 0x97, 0x99})  # MQTT 5.0, 3.4.2.1
+EXACTLY_ONCE = 2
 CONNECT_SECONDS = 10.0  # TCP, TLS and CONNACK together
+
+
+class Incoming(NamedTuple):
+    """A PUBLISH as it came; `properties` is None where it had none."""
+
+    topic: bytes
+    payload: bytes
+    mid: int
+    qos: int
+    dup: bool
+    retain: bool
+    properties: Properties | None
 
 
 class DirectClient(Client):
     """A client that connects to the address it is given, whatever `mqtt_proxy` in the environment says.
 
-    It reads and writes the socket in large pieces: paho asks for every byte of a header, and sends every packet, by a
-    system call of its own. What was read ahead and not asked for yet is `read_ahead`; a DISCONNECT goes out at once.
+    What it publishes is not in paho's books, so paho never sends it again. `on_incoming` gets each PUBLISH at QoS 0 or
+    1, `on_puback` each PUBACK as its packet identifier and reason code. A DISCONNECT goes out at once.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - paho's own
         super().__init__(*arguments, **options)
-        self._ahead, self._taken = b"", 0
+        self.on_incoming: Callable[[Incoming], None] = lambda _: None
+        self.on_puback: Callable[[int, int], None] = lambda _mid, _code: None
+        self._ahead, self._taken = bytearray(), 0
         self._unsent = bytearray()
 
     @property
-    def read_ahead(self) -> int:
-        """Bytes that have left the socket and that nobody has seen."""
-        return len(self._ahead) - self._taken
+    def has_packet(self) -> bool:
+        """Whether a whole packet has left the socket that nobody has seen."""
+        return _span(self._ahead, self._taken) is not None
+
+    def send(self, message: Outgoing, packed: bytes, busy: Container[int]) -> int:
+        """Publish at QoS 1, with the properties as they are packed; the packet identifier, which is none of `busy`."""
+        while (mid := self._mid_generate()) in busy:
+            pass
+        head = PUBLISH | 2 | message.retain
+        self._packet_queue(head, message.packet(head, mid, packed), mid, 1)
+        return mid
+
+    def acknowledge(self, mid: int) -> None:
+        """Send a PUBACK that says success."""
+        self._packet_queue(PUBACK, b"\x40\x02" + mid.to_bytes(2, "big"), mid, 1)
 
     def want_write(self) -> bool:
         """Whether anything waits for the socket."""
@@ -41,15 +76,44 @@ class DirectClient(Client):
     def _get_proxy(self) -> None:
         """No proxy: its address was not judged, and it would see the traffic."""
 
-    def _sock_recv(self, bufsize: int) -> bytes:
-        """Up to `bufsize` bytes, none at the end of the stream; BlockingIOError when nothing has come."""
-        if not self.read_ahead:
-            if bufsize >= READ_BYTES:
-                return super()._sock_recv(bufsize)
-            self._ahead, self._taken = super()._sock_recv(READ_BYTES), 0
-        part = self._ahead[self._taken : self._taken + bufsize]
-        self._taken += len(part)
-        return part
+    def _packet_read(self) -> MQTTErrorCode:
+        """Take one packet; MQTT_ERR_AGAIN where none is whole yet. Raises for what makes no sense."""
+        try:
+            while (span := _span(self._ahead, self._taken)) is None:
+                if not self._fill():
+                    return MQTTErrorCode.MQTT_ERR_CONN_LOST
+        except BlockingIOError:
+            return MQTTErrorCode.MQTT_ERR_AGAIN
+        except OSError:
+            return MQTTErrorCode.MQTT_ERR_CONN_LOST
+        head, body = self._ahead[self._taken], bytes(memoryview(self._ahead)[span[0] : span[1]])
+        self._taken = span[1]
+        self._last_bytes_received = time.monotonic()
+        kind = head & 0xF0
+        if kind == PUBLISH and head >> 1 & 3 != EXACTLY_ONCE:
+            self.on_incoming(_incoming(head, body, has_properties=self._protocol == MQTTProtocolVersion.MQTTv5))
+            return MQTTErrorCode.MQTT_ERR_SUCCESS
+        if kind == PUBACK:
+            self.on_puback(*_puback(body))
+            return MQTTErrorCode.MQTT_ERR_SUCCESS
+        return self._handle(head, body)
+
+    def _handle(self, head: int, body: bytes) -> MQTTErrorCode:
+        """Let paho handle a packet."""
+        self._in_packet["command"] = head
+        self._in_packet["packet"] = bytearray(body)
+        self._in_packet["remaining_length"] = len(body)
+        self._in_packet["pos"] = 0
+        return self._packet_handle()
+
+    def _fill(self) -> bool:
+        """Read what has come; False at the end of the stream, BlockingIOError when nothing has."""
+        if self._taken:
+            del self._ahead[: self._taken]
+            self._taken = 0
+        data = super()._sock_recv(READ_BYTES)
+        self._ahead += data
+        return bool(data)
 
     def _sock_send(self, buf: bytes | bytearray) -> int:
         """Take all, to be sent by `_packet_write`; BlockingIOError while too much waits."""
@@ -79,6 +143,45 @@ class DirectClient(Client):
             del self._unsent[:sent]
 
 
+def _span(data: bytearray, at: int) -> tuple[int, int] | None:
+    """Where the rest of the packet at `at` begins and ends (MQTT 5.0, 2.1.4); None where it is not whole."""
+    size = shift = 0
+    for place in range(at + 1, min(at + 5, len(data))):
+        byte = data[place]
+        size |= (byte & 127) << shift
+        if byte < 128:
+            return (place + 1, place + 1 + size) if place + 1 + size <= len(data) else None
+        shift += 7
+    if shift == 28:
+        raise ValueError("a length of more than four bytes")
+    return None
+
+
+def _incoming(head: int, body: bytes, *, has_properties: bool) -> Incoming:
+    """MQTT 5.0, 3.3; raises where the packet is too short."""
+    at = 2 + int.from_bytes(body[:2], "big")
+    topic, mid, qos, properties = body[2:at], 0, head >> 1 & 3, None
+    if qos:
+        mid = int.from_bytes(body[at : at + 2], "big")
+        at += 2
+    if has_properties and at < len(body) and not body[at]:
+        at += 1
+    elif has_properties:
+        properties = Properties(PacketTypes.PUBLISH)
+        at += properties.unpack(body[at:])[1]
+    if at > len(body) or qos > EXACTLY_ONCE or (qos and not mid):
+        raise ValueError("a PUBLISH that is too short")
+    return Incoming(topic, body[at:], mid, qos, bool(head & 8), bool(head & 1), properties)
+
+
+def _puback(body: bytes) -> tuple[int, int]:
+    """Packet identifier and reason code (MQTT 5.0, 3.4.2); raises for a code that does not exist."""
+    code = body[2] if len(body) > 2 else 0
+    if len(body) < 2 or code not in PUBACK_CODES:
+        raise ValueError("a PUBACK that is none")
+    return int.from_bytes(body[:2], "big"), code
+
+
 def new_client(session: Session) -> DirectClient:
     """An unconnected client that acknowledges, reconnects and limits its window only when told to."""
     is_v5 = session.protocol == "5"
@@ -91,7 +194,6 @@ def new_client(session: Session) -> DirectClient:
         reconnect_on_failure=False,
     )
     client.connect_timeout = CONNECT_SECONDS
-    client.max_inflight_messages_set(0)  # the uplink keeps its own window
     if session.username:
         client.username_pw_set(session.username, session.password)
     if session.tls is not None:

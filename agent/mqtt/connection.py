@@ -1,8 +1,8 @@
 """MQTT sessions on paho, driven by asyncio: one `Connection` is one paho client on one TCP connection.
 
 Invariants:
-- A connection is never re-pointed or re-used: paho resends what is in flight to whatever it reconnects to, so a lost
-  connection is thrown away with its client, and the ledger decides what is sent again.
+- A connection is never re-pointed or re-used: a lost connection is thrown away with its client, and the ledger decides
+  what is sent again, and to whom.
 - A PUBACK to the in-car broker goes out only through `Connection.ack`, and only on the connection that delivered the
   message: after a lost session the same packet identifier may name another message.
 - Received messages wait in a bounded queue; while it is full the socket is not read, which pushes back by TCP.
@@ -18,16 +18,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from paho.mqtt.client import Client, ConnectFlags, MQTTMessage
+from paho.mqtt.client import Client, ConnectFlags
 from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.errors import EndpointError
-from agent.mqtt.client import CONNECT_SECONDS, DirectClient, connect, new_client
+from agent.mqtt.client import CONNECT_SECONDS, DirectClient, Incoming, connect, new_client
 from agent.mqtt.inbox import Inbox
-from agent.mqtt.packets import Delivery, Outgoing, PackedProperties, Puback, Session
+from agent.mqtt.packets import Delivery, Outgoing, Puback, Session
 from agent.mqtt.sockets import boot_ns
 from agent.mqtt.threads import beside
 from agent.mqtt.transport import Transport
@@ -73,8 +73,8 @@ class Connection:
         client = new_client(self._session)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
-        client.on_message = self._on_message
-        client.on_publish = self._on_publish
+        client.on_incoming = self._on_incoming
+        client.on_puback = self._on_puback
         client.on_subscribe = self._on_subscribe
         return client
 
@@ -123,7 +123,7 @@ class Connection:
     def ack(self, delivery: Delivery) -> None:
         """Send the PUBACK of a delivery of this connection; on a closed connection nothing happens."""
         if delivery.connection == self.number and delivery.qos == 1 and not self.closed.done():
-            self._client.ack(delivery.mid, delivery.qos)
+            self._client.acknowledge(delivery.mid)
 
     def publish(self, message: Outgoing) -> asyncio.Future[Puback]:
         """Publish at QoS 1; the future gives the PUBACK, or EndpointError when the connection is lost before it.
@@ -140,10 +140,8 @@ class Connection:
         if self.maximum_packet_size is not None and size > self.maximum_packet_size:
             future.set_result(Puback(code=PACKET_TOO_LARGE))
             return future
-        properties = PackedProperties(packed) if is_v5 else None
-        info = self._client.publish(message.topic, message.payload, 1, message.retain, properties)
+        self._pubacks[self._client.send(message, packed, self._pubacks)] = future
         self._transport.unsent += size
-        self._pubacks[info.mid] = future
         return future
 
     @property
@@ -219,13 +217,13 @@ class Connection:
     def _on_disconnect(self, _client: Client, _userdata: object, _flags: object, code: ReasonCode, _: object) -> None:
         self._loop.call_soon_threadsafe(self._finish, f"DISCONNECT: {code}")
 
-    def _on_message(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
+    def _on_incoming(self, message: Incoming) -> None:
         self._transport.packets += 1
         properties, gauge, now_ns = message.properties, self._transport.gauge, boot_ns()
         delivery = Delivery(
             connection=self.number,
-            topic=message._topic.decode("utf-8", "backslashreplace"),  # noqa: SLF001 - `topic` raises on bad UTF-8
-            payload=bytes(message.payload),
+            topic=message.topic.decode("utf-8", "backslashreplace"),
+            payload=message.payload,
             mid=message.mid,
             qos=message.qos,
             dup=message.dup,
@@ -238,11 +236,11 @@ class Connection:
         )
         self._inbox.put(delivery)
 
-    def _on_publish(self, _client: Client, _userdata: object, mid: int, code: ReasonCode, _: object) -> None:
+    def _on_puback(self, mid: int, code: int) -> None:
         self._transport.packets += 1
         future = self._pubacks.pop(mid, None)
         if future is not None and not future.done():
-            future.set_result(Puback(code=code.value))
+            future.set_result(Puback(code=code))
 
     def _on_subscribe(self, _client: Client, _userdata: object, mid: int, codes: list[ReasonCode], _: object) -> None:
         self._transport.packets += 1

@@ -91,6 +91,13 @@ class Outgoing:
         remaining = 2 + len(self.topic.encode()) + 2 + len(packed) + len(self.payload)
         return 1 + len(_varint(remaining)) + remaining
 
+    def packet(self, head: int, mid: int, packed: bytes) -> bytes:
+        """The whole PUBLISH (MQTT 5.0, 3.3); ValueError for a topic that is a filter, or too long."""
+        if "+" in self.topic or "#" in self.topic:
+            raise ValueError("a topic with a wildcard")
+        start = _text(self.topic) + mid.to_bytes(2, "big") + packed
+        return b"".join((bytes([head]), _varint(len(start) + len(self.payload)), start, self.payload))
+
 
 class PackedProperties(Properties):
     """Properties of a PUBLISH that are packed already: paho's own packing takes most of the time of a publish."""
@@ -107,7 +114,10 @@ class PackedProperties(Properties):
 def _text(value: str) -> bytes:
     """MQTT 5.0, 1.5.4: two bytes of length, then UTF-8."""
     data = value.encode()
-    return len(data).to_bytes(2, "big") + data
+    try:
+        return len(data).to_bytes(2, "big") + data
+    except OverflowError as exc:
+        raise ValueError("a text of more than 65,535 bytes") from exc
 
 
 def _varint(number: int) -> bytes:

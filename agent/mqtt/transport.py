@@ -147,14 +147,14 @@ class Transport:
             before = self.packets
             if not self._read_once():
                 return
-            if self.packets == before and not self._client.read_ahead:
+            if self.packets == before and not self._client.has_packet:
                 self._look_in()
                 return  # no whole packet was there: the selector calls again
         self._loop.call_soon(self._read)
 
     def _look_in(self) -> None:
         """Note the moment if nothing waits to be read, neither in the socket nor behind it."""
-        if self.gauge is not None and self._reading and not self._client.read_ahead:
+        if self.gauge is not None and self._reading and not self._client.has_packet:
             self.gauge.look_in()
 
     def _read_once(self) -> bool:
