@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 MAX_TOPIC_BYTES = 65_535  # MQTT 5.0, 1.5.4: a UTF-8 string carries a two-byte length
 
 
@@ -17,6 +19,7 @@ def filter_mistake(text: str) -> str | None:
     return None
 
 
+@lru_cache(maxsize=4096)
 def matches(topic_filter: str, topic: str) -> bool:
     """Whether a topic name matches a valid filter; wildcards at the start do not match `$` topics (4.7.2)."""
     wanted, found = topic_filter.split("/"), topic.split("/")

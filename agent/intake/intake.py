@@ -230,7 +230,8 @@ class Intake:
     async def _ack_loop(self, connection: Connection, unacked: _Unacked) -> None:
         while True:
             delivery, work = await unacked.get()
-            await asyncio.wait([work])  # not awaited itself: cancelling us must not cancel it
+            if not work.done():  # many are, after a commit
+                await asyncio.wait([work])  # not awaited itself: cancelling us must not cancel it
             work.result()
             connection.ack(delivery)
             if delivery.topic != self._marker_topic:

@@ -50,6 +50,7 @@ class _Queue:
         self._entries = 0
         self._bytes = 0
         self._room = asyncio.Condition()
+        self._asking = 0  # who waits for room
         self.waiting: deque[_Waiting] = deque()
         self.waiting_bytes = 0
         self.stalled: str | None = None
@@ -57,15 +58,25 @@ class _Queue:
         self.closed: LedgerError | None = None
 
     async def put(self, waiting: _Waiting) -> None:
-        """Append when there is room; an entry above the bound on bytes waits until it is alone."""
-        async with self._room:
-            await self._room.wait_for(lambda: self.closed or self._has_room(waiting.size))
-            if self.closed:
-                raise self.closed
-            self._entries += 1
-            self._bytes += waiting.size
-            self.waiting.append(waiting)
-            self.waiting_bytes += waiting.size
+        """Append when there is room, in order; an entry above the bound on bytes waits until it is alone."""
+        if not self._asking and not self.closed and self._has_room(waiting.size):
+            self._append(waiting)
+            return
+        self._asking += 1
+        try:
+            async with self._room:
+                await self._room.wait_for(lambda: self.closed or self._has_room(waiting.size))
+                if self.closed:
+                    raise self.closed
+                self._append(waiting)
+        finally:
+            self._asking -= 1
+
+    def _append(self, waiting: _Waiting) -> None:
+        self._entries += 1
+        self._bytes += waiting.size
+        self.waiting.append(waiting)
+        self.waiting_bytes += waiting.size
 
     def _has_room(self, size: int) -> bool:
         return self._entries < self._max_entries and (not self._entries or self._bytes + size <= self._max_bytes)
@@ -101,10 +112,11 @@ class _Queue:
                 waiting.done.set_exception(error)
         if error is None:
             self.stalled = None
-        async with self._room:
-            self._entries -= len(taken)
-            self._bytes -= sum(waiting.size for waiting in taken)
-            self._room.notify_all()
+        self._entries -= len(taken)
+        self._bytes -= sum(waiting.size for waiting in taken)
+        if self._asking:
+            async with self._room:
+                self._room.notify_all()
 
 
 @dataclass(slots=True, eq=False)
