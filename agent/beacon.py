@@ -101,6 +101,7 @@ def summary(content: Mapping[str, Any], state: Literal["running", "stopped"]) ->
             "time": content["time_ns"] // SECOND,
             "version": content["version"],
             "policy": content["policy"],
+            "configuration": "refused" if content["reload"]["error"] else "ok",
             "counts": {name: counts[name] for name in STATES},
             "conserved": counts["conserved"],
             "queue": {

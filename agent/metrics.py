@@ -227,6 +227,11 @@ def _endpoints(endpoints: Mapping[str, Any]) -> Iterator[Metric]:
 
 def _intake(content: Mapping[str, Any]) -> Iterator[Metric]:
     up = GaugeMetricFamily("residency_intake_up", "1 while connected.", labels=["session"])
+    emptied = GaugeMetricFamily(
+        "residency_intake_emptied_age_seconds",
+        "Since the in-car broker was last proved to hold nothing back.",
+        labels=["session"],
+    )
     slow = HistogramMetricFamily(
         "residency_intake_seconds",
         "From a message's arrival until its record or refusal was durable.",
@@ -234,11 +239,13 @@ def _intake(content: Mapping[str, Any]) -> Iterator[Metric]:
     )
     for name, session in content["sessions"].items():
         up.add_metric([name], int(session["connected"]))
+        if session["emptied_seconds"] is not None:
+            emptied.add_metric([name], session["emptied_seconds"])
         _add(slow, [name], session["durable_seconds"])
     fixes = CounterMetricFamily("residency_fixes", "Position messages; the stale are accepted too.", labels=["result"])
     for result, count in content["fixes"].items():
         fixes.add_metric([result], count)
-    yield from (up, slow, fixes)
+    yield from (up, emptied, slow, fixes)
 
 
 def _model(model: Mapping[str, Any]) -> Iterator[Metric]:

@@ -9,9 +9,12 @@ from typing import Any
 from agent import status
 from agent.intake.intake import Fixes, Intake
 from agent.memory import resident_bytes
+from agent.mqtt.sockets import boot_ns
 from agent.redaction.pool import RedactionPool
 from agent.store.committer import Committer
 from agent.uplink.uplink import Uplink
+
+SECOND = 10**9
 
 
 def of_worker(worker: RedactionPool) -> dict[str, Any]:
@@ -30,11 +33,13 @@ def of_worker(worker: RedactionPool) -> dict[str, Any]:
 
 
 def of_intakes(intakes: Mapping[str, Intake]) -> dict[str, Any]:
-    """The sessions with the in-car broker."""
+    """The sessions with the in-car broker; `emptied_seconds` ago each was last proved to hold nothing back."""
+    now_ns = boot_ns()
     return {
         name: {
             "connected": intake.connected,
             "alive_ns": intake.alive_ns,
+            "emptied_seconds": None if intake.alive_ns is None else (now_ns - intake.alive_ns) / SECOND,
             "durable_seconds": intake.durable.as_dict(),
         }
         for name, intake in intakes.items()

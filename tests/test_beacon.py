@@ -109,6 +109,7 @@ def test_model_that_is_not_ready_is_named_by_its_constant_reason():
         "counts": dict.fromkeys(("received", "delivered", "pending", "held", "refused", "expired", "evicted"), 0)
         | {"conserved": True, "pending_bytes": 5, "held_bytes": 7, "oldest_ns": {"held": 40 * 10**9}},
         "model": {"ready": False, "unloaded": False, "error": "redaction.model"},
+        "reload": {"error": "policy.toml: version: a mistake"},
         "stalled": "/var/lib/somewhere: disk full",
         "sessions": {},
         "endpoints": {"cn": {"connected": False, "error": "mqtt.cn.example.com: refused"}},
@@ -116,3 +117,5 @@ def test_model_that_is_not_ready_is_named_by_its_constant_reason():
     found = json.loads(summary(content, "running"))
     assert (found["model"], found["disk"], found["endpoints"]["failing"]) == ("redaction.model", "stalled", 1)
     assert found["queue"] == {"bytes": 12, "oldest_s": 60}
+    assert found["configuration"] == "refused"
+    assert "policy.toml" not in json.dumps(found)

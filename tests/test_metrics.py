@@ -1,4 +1,5 @@
 import asyncio
+import re
 import shutil
 import socket
 import stat
@@ -45,6 +46,8 @@ async def test_running_agent_serves_its_counters(tmp_path, patience):
         assert 'residency_oldest_record_age_seconds{state="pending"} 0.0' in text
         assert "residency_worker_start_seconds_count 1.0" in text
         assert 'policy="test"' in text
+        emptied = re.search(r'^residency_intake_emptied_age_seconds{session="telemetry"} (\S+)$', text, re.MULTILINE)
+        assert 0 <= float(emptied[1]) < patience
         assert "residency_conserved 1.0" in await asyncio.to_thread(ask, tmp_path / "metrics.sock")
         if shutil.which("promtool"):
             judged = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)  # noqa: ASYNC221, PLW1510

@@ -38,7 +38,7 @@ def full_content():
         "reload": {"count": 0, "error": ""},
         "stalled": None,
         "fixes": {"accepted": 1, "malformed": 1, "stale": 1},
-        "sessions": {"telemetry": {"connected": True, "durable_seconds": slow}},
+        "sessions": {"telemetry": {"connected": True, "emptied_seconds": 0.5, "durable_seconds": slow}},
         "endpoints": {
             "cn": {
                 "connected": True,
