@@ -116,6 +116,15 @@ class PrivateSystem:
         return self.path("/sys/fs/cgroup/cgroup.controllers").read_text().split()
 
 
+def debootstrap(folder, *options):
+    """Fill a folder with this machine's Debian release from the mirror that apt is configured for."""
+    listed = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)", "Created-By: Packages"]
+    lines = subprocess.run(listed, check=True, capture_output=True, text=True).stdout.splitlines()
+    mirror, codename = next(line.split() for line in lines if line.split()[0].endswith("/debian/"))
+    command = ["debootstrap", "--variant=minbase", *options, codename, str(folder), mirror]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def why_not():
     """Why this machine runs no private system; empty where it does."""
     if os.geteuid() != 0:

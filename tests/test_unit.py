@@ -116,12 +116,8 @@ def lower(packages, tmp_path_factory):
     if not packages:
         yield Path("/")
         return
-    listed = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)", "Created-By: Packages"]
-    lines = subprocess.run(listed, check=True, capture_output=True, text=True).stdout.splitlines()
-    mirror, codename = next(line.split() for line in lines if line.split()[0].endswith("/debian/"))
     folder = tmp_path_factory.mktemp("debootstrap")
-    command = ["debootstrap", "--variant=minbase", f"--include={CLEAN_ROOT}", codename, str(folder), mirror]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    private_system.debootstrap(folder, f"--include={CLEAN_ROOT}")
     yield folder
     shutil.rmtree(folder)
 

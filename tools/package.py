@@ -18,7 +18,7 @@ from tools.packaging import deb, lock, sbom, targets
 
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "systemd" / "requirements.lock"
-MAINTAINER = "The residency-agent authors <residency-agent@invalid.invalid>"
+MAINTAINER = "The residency-agent authors <residency-agent@example.com>"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
