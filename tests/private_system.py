@@ -57,6 +57,10 @@ class SystemFailedError(Exception):
     """A command in the private system failed; the message is what it said."""
 
 
+class NoSystemError(SystemFailedError):
+    """This machine does not let a systemd of our own run; the message is what it said."""
+
+
 class PrivateSystem:
     """A booted system; `exchange` is a folder of this machine that it sees as /run/exchange."""
 
@@ -138,7 +142,7 @@ def why_not():
 
 @contextmanager
 def booted(lower=Path("/"), seconds=SECONDS):
-    """A private system over the files of `lower`."""
+    """A private system over the files of `lower`; raises NoSystemError where none runs."""
     with tempfile.TemporaryDirectory(prefix="private-system-", dir="/tmp") as name:
         folder = Path(name)
         (folder / "exchange").mkdir()
@@ -161,7 +165,7 @@ def _wait(outer, folder, deadline):
             if system.run("systemctl", "is-active", "basic.target", check=False).strip() == "active":
                 return system
         if outer.poll() is not None or time.monotonic() > deadline:
-            raise SystemFailedError(f"the private system did not start: {(folder / 'log').read_text()}")
+            raise NoSystemError(f"the private system did not start: {(folder / 'log').read_text()}")
         time.sleep(0.1)
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,11 @@ def lower(packages, tmp_path_factory):
 @pytest.fixture(scope="module")
 def system(debs, lower):
     """A booted system with a broker in the car, one in the region, and the package installed and configured."""
-    with private_system.booted(lower) as booted:
+    with ExitStack() as stack:
+        try:
+            booted = stack.enter_context(private_system.booted(lower))
+        except private_system.NoSystemError as exc:
+            pytest.skip(str(exc))
         for path in debs:
             shutil.copy(path, booted.exchange)
         booted.run("ip", "address", "add", f"{REGION}/32", "dev", "lo")
@@ -185,7 +190,7 @@ def connected(system):
 
 def publish(system, topic, payload):
     (system.exchange / "payload").write_bytes(payload)
-    system.run("mosquitto_pub", "-q", "1", "-t", topic, "-f", "/run/exchange/payload")
+    system.run("mosquitto_pub", "-h", "127.0.0.1", "-q", "1", "-t", topic, "-f", "/run/exchange/payload")
 
 
 def picture():
@@ -241,7 +246,7 @@ def test_reload_takes_a_new_policy_without_a_restart(system):
 def test_agent_that_hangs_is_ended_by_the_watchdog_and_started_again(system):
     before = int(system.show(UNIT, "NRestarts"))
     system.until(lambda: connected(system), SECONDS)
-    system.run("kill", "-STOP", system.show(UNIT, "MainPID"))
+    system.run("sh", "-c", f"kill -STOP {system.show(UNIT, 'MainPID')}")
     system.until(lambda: int(system.show(UNIT, "NRestarts")) > before, SECONDS)
     system.until(lambda: connected(system), SECONDS)
     assert delivered(system) == 2
