@@ -20,7 +20,8 @@ _RUN = re.compile(
     rb"(?<!%(one)s)(?:%(one)s{%(long)d,}+|%(one)s{%(line)d,}+(?=\r?\n))(?:\r?\n%(one)s{4,}+(?=[=\r\n\"'<]|\Z))*={0,2}"
     % {b"one": _ALPHABET, b"long": MIN_RUN, b"line": MIN_LINE}
 )
-_BREAKS = bytes(c if re.match(_ALPHABET, bytes([c])) else 0x20 for c in range(256))
+_LETTERS = bytes(0x78 if re.match(_ALPHABET, bytes([c])) else 0x20 for c in range(256))
+_A_LINE, _A_RUN = b"x" * MIN_LINE, b"x" * MIN_RUN
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NUMBERS = re.compile(rb"\[\s*+\d{1,3}(?:\s*+,\s*+\d{1,3}){%d,}+\s*+\]" % (MIN_PICTURE_BYTES - 1))
 _SPACE = re.compile(rb"\s|\\[nrt]")
@@ -76,8 +77,8 @@ def has_unread_word(json_text: bytes, read: Iterable[tuple[int, int]], most: int
 
 def runs(text: bytes) -> Iterator[Part]:
     """Yield the runs of base64 or hex in a text that are long enough for a picture."""
-    longest = max(map(len, text.translate(_BREAKS).split()), default=0)
-    if longest < MIN_LINE or (longest < MIN_RUN and b"\n" not in text):
+    letters = text.translate(_LETTERS)
+    if _A_LINE not in letters or (_A_RUN not in letters and b"\n" not in text):
         return
     for match in _RUN.finditer(text):
         run = match[0]
