@@ -26,15 +26,15 @@ SHIPPED_BORDERS = Path(__file__).parent / "data" / "borders.bin"
 class Setup:
     """A vehicle's configuration and the fleet's policy, fitting together.
 
-    `digest` is the SHA-256 of policy and borders, `manifest_digest` that of the detector's manifest, empty where there
-    is none; `trusted`: policy and borders are signed by a trusted key.
+    `digest` is the SHA-256 of policy and borders, `manifest` is the detector's manifest, empty where there is
+    none; `trusted`: policy and borders are signed by a trusted key.
     """
 
     file: Path
     config: AgentConfig
     policy: Policy
     digest: str
-    manifest_digest: str
+    manifest: bytes
     trusted: bool
     own_borders: bytes | None
 
@@ -90,7 +90,7 @@ def load(file: Path) -> Setup:
         config=config,
         policy=policy,
         digest=hashlib.sha256(data + (borders or b"")).hexdigest(),
-        manifest_digest=_manifest_digest(config, keys, file),
+        manifest=_manifest(config, keys, file),
         trusted=bool(keys),
         own_borders=borders,
     )
@@ -100,12 +100,10 @@ def _manifest_path(config: AgentConfig) -> Path:
     return Path(config.model.manifest) if config.model.manifest else shipped_manifest()
 
 
-def _manifest_digest(config: AgentConfig, keys: Keys, file: Path) -> str:
-    """SHA-256 of the manifest, verified where it must be signed; empty for one that is missing and need not be."""
+def _manifest(config: AgentConfig, keys: Keys, file: Path) -> bytes:
+    """The manifest, verified where it must be signed; empty for one that is missing and need not be."""
     path, signed = _manifest_path(config), keys if config.trust.model else Keys()
-    if not signed and not path.is_file():
-        return ""
-    return hashlib.sha256(signed.read_file(path, Kind.MODEL, (file, "model.manifest"))).hexdigest()
+    return signed.read_file(path, Kind.MODEL, (file, "model.manifest")) if signed or path.is_file() else b""
 
 
 def _intake(config: AgentConfig, file: Path) -> Iterator[ConfigError]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agent.assembly import Setup
 from agent.beacon import BeaconOptions
-from agent.errors import ConfigError, EnvelopeError, InvalidConfigError
+from agent.errors import ConfigError, EnvelopeError, InvalidConfigError, ModelError
 from agent.intake.intake import IntakeOptions
 from agent.mqtt.packets import Session
 from agent.payloads.fields import SHORTEST_KEY, FieldRules
@@ -17,6 +17,7 @@ from agent.pictures.formats import Fill, Margin, People, PictureLimits, Redactio
 from agent.pipeline import Identity
 from agent.places.gnss import FixReader, FixSource
 from agent.places.positions import PositionLimits
+from agent.redaction.manifest import parse_manifest, read_model
 from agent.redaction.worker import WorkerOptions
 from agent.settings.config import Credential, PositionSource
 from agent.settings.field_config import field_rules
@@ -66,7 +67,8 @@ def worker_options(setup: Setup) -> WorkerOptions:
     model = setup.config.model
     return WorkerOptions(
         manifest=setup.manifest_path,
-        manifest_sha256=setup.manifest_digest,
+        manifest_data=setup.manifest,
+        model_data=_model(setup),
         threads=model.threads,
         timeout_s=model.timeout_s,
         memory_bytes=model.memory_bytes,
@@ -78,6 +80,14 @@ def worker_options(setup: Setup) -> WorkerOptions:
         ),
         limits=inspection_limits(setup),
     )
+
+
+def _model(setup: Setup) -> bytes:
+    """The model of the manifest; empty where it is not that, for the redaction process to say so."""
+    try:
+        return read_model(setup.manifest_path, parse_manifest(setup.manifest_path, setup.manifest))
+    except ModelError:
+        return b""
 
 
 def position_limits(setup: Setup) -> PositionLimits:

@@ -142,6 +142,20 @@ def test_altered_model_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
         Detector.open(path)
 
 
+def test_contents_that_were_accepted_before_are_used_whatever_the_files_have_become(tmp_path):
+    data = mean_model()
+    path = manifest_for(tmp_path, data)
+    manifest = path.read_bytes()
+    path.write_text("{}")
+    assert Detector.open(path, contents=(manifest, b"")).digest == hashlib.sha256(data).hexdigest()
+    (tmp_path / "tiny.onnx").unlink()
+    assert Detector.open(path, contents=(manifest, data)).digest == hashlib.sha256(data).hexdigest()
+    with pytest.raises(ModelError, match="not the one of the manifest"):
+        Detector.open(path, contents=(manifest, data + b"x"))
+    with pytest.raises(ModelError, match="cannot be read"):
+        Detector.open(path, contents=(manifest, b""))
+
+
 def test_missing_model_is_refused(tmp_path):
     path = manifest_for(tmp_path, mean_model())
     (tmp_path / "tiny.onnx").unlink()
@@ -150,7 +164,7 @@ def test_missing_model_is_refused(tmp_path):
 
 
 def test_oversized_model_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr("agent.redaction.detector.LARGEST_MODEL", 10)
+    monkeypatch.setattr("agent.redaction.manifest.LARGEST_MODEL", 10)
     with pytest.raises(ModelError, match="larger than 10 bytes"):
         Detector.open(manifest_for(tmp_path, mean_model()))
 

@@ -8,9 +8,11 @@ import shutil
 import signal
 import socket
 import sys
+import time
 
 import pytest
 from harness import SHENZHEN, car
+from test_faults_kill import jpeg
 
 from agent import __main__ as command_line
 from agent import assembly, status
@@ -201,6 +203,25 @@ async def test_model_that_does_not_open_keeps_the_old_one(tmp_path, patience):
         assert await reload(it) == ""
         assert it.status()["model"]["ready"]
         assert it.process.pid == pid
+
+
+async def test_refused_model_is_not_taken_by_a_redaction_process_that_starts_again(tmp_path, patience):
+    async with asyncio.timeout(4 * patience), car(tmp_path) as it:
+        for name in ("detector.json", "detector.onnx"):
+            shutil.copy(shipped_manifest().with_name(name), tmp_path)
+        it.configure(agent='[model]\nmanifest = "detector.json"\nunload_after_s = 0.2\n')
+        await it.start()
+        await it.at(SHENZHEN)
+        digest = it.status()["model"]["digest"]
+        (tmp_path / "detector.json").write_text("{}")
+        (tmp_path / "detector.onnx").unlink()
+        assert "not valid" in await reload(it)
+        await it.until(lambda: it.status()["model"]["unloaded"])
+        user = [("time", str(time.time_ns()))]
+        it.client.publish("vehicle/camera/front", jpeg(1), user)
+        it.drive(SHENZHEN)
+        await it.until(lambda: it.received)
+        assert it.received[0].attributes.modeldigest == digest
 
 
 async def test_agent_killed_during_a_reload_starts_again_with_everything(tmp_path, patience):

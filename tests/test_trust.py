@@ -68,7 +68,8 @@ def test_signed_files_are_used_and_known_by_their_digests(files):
     setup = assembly.load(files / "agent.toml")
     assert setup.trusted
     assert (setup.policy.version, setup.policy.config.serial) == ("7", 7)
-    assert len(setup.digest) == len(setup.manifest_digest) == 64
+    assert len(setup.digest) == 64
+    assert setup.manifest == b"{}"
 
 
 @pytest.mark.parametrize(("name", "key"), [("policy.toml", "the file"), ("detector.json", "model.manifest")])
@@ -146,7 +147,7 @@ def test_without_trust_nothing_has_to_be_signed(files):
     (files / "agent.toml").write_text(AGENT.split("[trust]", maxsplit=1)[0])
     setup = assembly.load(files / "agent.toml")
     assert not setup.trusted
-    assert setup.manifest_digest == ""
+    assert setup.manifest == b""
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ The same picture gives the same boxes, whatever the number of threads.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from agent.errors import ModelError
 from agent.messages import Box
 from agent.redaction.decoding import Candidates, candidates
 from agent.redaction.geometry import Floats, Letterbox, Window, far_windows, fixed_letterbox, letterbox, suppress
-from agent.redaction.manifest import Input, Manifest, read_manifest
+from agent.redaction.manifest import Input, Manifest, check_model, parse_manifest, read_manifest, read_model
 
-LARGEST_MODEL = 64 * 2**20  # bytes
 ERRORS_ONLY = 3  # onnxruntime's severity: warnings about foreign models are no business of the car's log
 
 
@@ -40,13 +38,19 @@ class Detector:
     far: bool = False
 
     @staticmethod
-    def open(manifest: Path, *, threads: int = 1, far: bool = False, sha256: str = "") -> Detector:
+    def open(
+        manifest: Path, *, threads: int = 1, far: bool = False, contents: tuple[bytes, bytes] | None = None
+    ) -> Detector:
         """The detector of a manifest; ModelError where file, hash, input or output is not what the manifest says.
 
-        `sha256`: of the manifest itself, where only this very one will do.
+        `contents`: of the manifest and, unless empty, of the model, which then are not read again.
         """
-        described = read_manifest(manifest, sha256)
-        data = _verified(manifest.parent / described.model, described.sha256)
+        described = read_manifest(manifest) if contents is None else parse_manifest(manifest, contents[0])
+        if contents and contents[1]:
+            data = contents[1]
+            check_model(manifest, described, data)
+        else:
+            data = read_model(manifest, described)
         try:
             session = onnxruntime.InferenceSession(data, _options(threads), providers=["CPUExecutionProvider"])
         except Exception as exc:  # onnxruntime's own exceptions share no base of their own
@@ -107,23 +111,6 @@ class Detector:
             message = f"{self.manifest.model}: the output is not a float32 array"
             raise ModelError(message)
         return value
-
-
-def _verified(path: Path, sha256: str) -> bytes:
-    """The file's bytes, if they are the right ones."""
-    try:
-        if path.stat().st_size > LARGEST_MODEL:
-            message = f"{path}: the model is larger than {LARGEST_MODEL} bytes"
-            raise ModelError(message)
-        data = path.read_bytes()
-    except OSError as exc:
-        message = f"{path}: the model cannot be read: {exc.strerror or exc}"
-        raise ModelError(message) from exc
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        message = f"{path}: the model is not the one of the manifest: its SHA-256 is {found}, wanted {sha256}"
-        raise ModelError(message)
-    return data
 
 
 def _options(threads: int) -> Any:  # noqa: ANN401 - onnxruntime brings no types

@@ -17,7 +17,8 @@ class Setup(Struct, frozen=True, kw_only=True):
 
     factory: str
     manifest: str
-    manifest_sha256: str
+    manifest_data: bytes
+    model_data: bytes
     threads: int
     nice: int
     timeout_s: float

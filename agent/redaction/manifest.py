@@ -16,6 +16,7 @@ import msgspec
 from agent.errors import ModelError
 
 FORMAT = 1
+LARGEST_MODEL = 64 * 2**20  # bytes
 LABELS = frozenset({"person", "face", "plate"})
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -68,17 +69,19 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     measured: dict[str, object] = msgspec.field(default_factory=dict)
 
 
-def read_manifest(path: Path, sha256: str = "") -> Manifest:
-    """The manifest of a file, with this SHA-256 if one is given; ModelError says what is wrong with it."""
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a file; ModelError says what is wrong with it."""
     try:
-        data = path.read_bytes()
-        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-            message = f"{path}: the manifest is not the one that was accepted"
-            raise ModelError(message)
-        manifest = msgspec.json.decode(data, type=Manifest)
+        return parse_manifest(path, path.read_bytes())
     except OSError as exc:
         message = f"{path}: the manifest cannot be read: {exc.strerror or exc}"
         raise ModelError(message) from exc
+
+
+def parse_manifest(path: Path, data: bytes) -> Manifest:
+    """The same for bytes that were read from this path before."""
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
     except msgspec.DecodeError as exc:
         message = f"{path}: the manifest is not valid: {exc}"
         raise ModelError(message) from exc
@@ -87,6 +90,30 @@ def read_manifest(path: Path, sha256: str = "") -> Manifest:
             message = f"{path}: the manifest is not valid: {reason}"
             raise ModelError(message)
     return manifest
+
+
+def read_model(path: Path, manifest: Manifest) -> bytes:
+    """The bytes of the model that stands beside its manifest at `path`, if they are the right ones; else ModelError."""
+    file = path.parent / manifest.model
+    try:
+        if file.stat().st_size > LARGEST_MODEL:
+            message = f"{file}: the model is larger than {LARGEST_MODEL} bytes"
+            raise ModelError(message)
+        data = file.read_bytes()
+    except OSError as exc:
+        message = f"{file}: the model cannot be read: {exc.strerror or exc}"
+        raise ModelError(message) from exc
+    check_model(path, manifest, data)
+    return data
+
+
+def check_model(path: Path, manifest: Manifest, data: bytes) -> None:
+    """Raise ModelError unless these are the bytes that the manifest at `path` speaks of."""
+    found = hashlib.sha256(data).hexdigest()
+    if found != manifest.sha256:
+        file = path.parent / manifest.model
+        message = f"{file}: the model is not the one of the manifest: its SHA-256 is {found}, wanted {manifest.sha256}"
+        raise ModelError(message)
 
 
 def _mistakes(manifest: Manifest) -> list[tuple[bool, str]]:

@@ -124,7 +124,7 @@ def _open(setup: Setup) -> Detects:
     factory: Callable[..., Detects] = importlib.import_module(module)  # type: ignore[assignment]
     for name in path.split("."):
         factory = getattr(factory, name)
-    known = {"sha256": setup.manifest_sha256} if setup.manifest_sha256 else {}
+    known = {"contents": (setup.manifest_data, setup.model_data)} if setup.manifest_data else {}
     return factory(Path(setup.manifest), threads=setup.threads, **known)
 
 

@@ -52,13 +52,14 @@ PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 class WorkerOptions:
     """Which model, and what one payload may cost.
 
-    `factory` is `module:callable`, called with (manifest, threads=), and with sha256= where `manifest_sha256` says that
-    only this very manifest will do. `memory_bytes` limits the address space. After
-    `unload_after_s` without a picture the process is ended; 0: never.
+    `factory` is `module:callable`, called with (manifest, threads=), and with contents= where `manifest_data` holds the
+    manifest's bytes: then no other manifest is ever opened, nor, with `model_data`, another model. `memory_bytes`
+    limits the address space. After `unload_after_s` without a picture the process is ended; 0: never.
     """
 
     manifest: Path
-    manifest_sha256: str = ""
+    manifest_data: bytes = field(default=b"", repr=False)
+    model_data: bytes = field(default=b"", repr=False)
     factory: str = "agent.redaction.detector:Detector.open"
     threads: int = 1
     nice: int = 5
@@ -74,7 +75,8 @@ class WorkerOptions:
         return Setup(
             factory=self.factory,
             manifest=str(self.manifest),
-            manifest_sha256=self.manifest_sha256,
+            manifest_data=self.manifest_data,
+            model_data=self.model_data,
             threads=self.threads,
             nice=self.nice,
             timeout_s=self.timeout_s,
