@@ -84,6 +84,7 @@ class Exporter(Collector):
         yield from _reasons(content)
         yield from _endpoints(content["endpoints"])
         yield from _intake(content)
+        yield from _loops(content)
         yield from _model(content["model"])
 
 
@@ -246,6 +247,18 @@ def _intake(content: Mapping[str, Any]) -> Iterator[Metric]:
     for result, count in content["fixes"].items():
         fixes.add_metric([result], count)
     yield from (up, emptied, slow, fixes)
+
+
+def _loops(content: Mapping[str, Any]) -> Iterator[Metric]:
+    ages = GaugeMetricFamily(
+        "residency_loop_turn_age_seconds",
+        "Since a loop last came round; a minute is usual while offline.",
+        labels=["loop"],
+    )
+    for kind, loops in (("intake", content["sessions"]), ("uplink", content["endpoints"])):
+        for name, loop in loops.items():
+            ages.add_metric([f"{kind}-{name}"], loop["turned_seconds"])
+    yield ages
 
 
 def _model(model: Mapping[str, Any]) -> Iterator[Metric]:

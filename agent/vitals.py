@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ def of_intakes(intakes: Mapping[str, Intake]) -> dict[str, Any]:
             "connected": intake.connected,
             "alive_ns": intake.alive_ns,
             "emptied_seconds": None if intake.alive_ns is None else (now_ns - intake.alive_ns) / SECOND,
+            "turned_seconds": time.monotonic() - intake.turned,
             "durable_seconds": intake.durable.as_dict(),
         }
         for name, intake in intakes.items()
@@ -60,6 +62,7 @@ def of_uplinks(uplinks: Mapping[str, Uplink]) -> dict[str, Any]:
             "certificate": uplink.shown.error,
             "in_flight": uplink.in_flight,
             "resent": uplink.resent,
+            "turned_seconds": time.monotonic() - uplink.turned,
             "delivered_seconds": uplink.delivered.as_dict(),
         }
         for name, uplink in uplinks.items()

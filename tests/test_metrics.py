@@ -48,6 +48,9 @@ async def test_running_agent_serves_its_counters(tmp_path, patience):
         assert 'policy="test"' in text
         emptied = re.search(r'^residency_intake_emptied_age_seconds{session="telemetry"} (\S+)$', text, re.MULTILINE)
         assert 0 <= float(emptied[1]) < patience
+        turned = dict(re.findall(r'^residency_loop_turn_age_seconds{loop="(.+)"} (\S+)$', text, re.MULTILINE))
+        assert set(turned) == {"intake-telemetry", "intake-pictures", "uplink-cn", "uplink-hk"}
+        assert all(0 <= float(age) < patience for age in turned.values())
         assert "residency_conserved 1.0" in await asyncio.to_thread(ask, tmp_path / "metrics.sock")
         if shutil.which("promtool"):
             judged = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)  # noqa: ASYNC221, PLW1510

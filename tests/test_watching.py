@@ -38,7 +38,9 @@ def full_content():
         "reload": {"count": 0, "error": ""},
         "stalled": None,
         "fixes": {"accepted": 1, "malformed": 1, "stale": 1},
-        "sessions": {"telemetry": {"connected": True, "emptied_seconds": 0.5, "durable_seconds": slow}},
+        "sessions": {
+            "telemetry": {"connected": True, "emptied_seconds": 0.5, "turned_seconds": 0.1, "durable_seconds": slow}
+        },
         "endpoints": {
             "cn": {
                 "connected": True,
@@ -46,6 +48,7 @@ def full_content():
                 "in_flight": 0,
                 "resent": 0,
                 "certificate": "",
+                "turned_seconds": 0.1,
                 "delivered_seconds": slow,
             },
         },

@@ -103,13 +103,15 @@ class Inward:
 class Intake:
     """One session with the in-car broker, for as long as the agent runs.
 
-    `durable`: from the arrival of a message until its record, or its refusal, was durable.
+    `durable`: from the arrival of a message until its record, or its refusal, was durable. `turned`: when
+    (monotonic seconds) its loop last came round, which takes some seconds while the broker is slow.
     """
 
     def __init__(self, options: IntakeOptions, inward: Inward, last_alive_ns: int | None) -> None:
         """`last_alive_ns`: when (boot time) an earlier process of this boot had last emptied this session."""
         self.connected = False
         self.durable = Histogram(WORK_SECONDS)
+        self.turned = time.monotonic()
         self._waiting = Waiting(last_alive_ns)
         self._options = options
         self._inward = inward
@@ -126,7 +128,7 @@ class Intake:
         """Connect, take, connect again; returns only by cancelling, which loses nothing. Raises LedgerError."""
         waits = delays(random.random)
         while True:
-            started = time.monotonic()
+            started = self.turned = time.monotonic()
             connection = Connection(
                 self._options.session,
                 queue_limit=self._options.session.receive_maximum,
@@ -204,6 +206,7 @@ class Intake:
         self.connected = True
         log.info("intake.connected", extra={"session": self._options.name})
         while True:
+            self.turned = time.monotonic()
             marker = uuid.uuid4().bytes
             self._waiting.mark(marker, boot_ns())
             puback = await connection.publish(Outgoing(topic=self._marker_topic, payload=marker))

@@ -75,7 +75,7 @@ class UplinkOptions:
 
 
 class Uplink:
-    """One endpoint's publisher, for as long as the agent runs.
+    """One endpoint's publisher, for as long as the agent runs; `turned`: when its loop last came round (monotonic).
 
     `delivered`: from a record's making, just before its commit, until the endpoint's PUBACK; by the wall clock.
     """
@@ -93,8 +93,8 @@ class Uplink:
         """`again` says what becomes of a record that the policy no longer lets go here; None: it is withdrawn."""
         self.connected = False
         self.last_error = ""
-        self.published = 0
         self.resent = 0
+        self.turned = time.monotonic()
         self.delivered = Histogram(WAIT_SECONDS)
         self.options = options
         self.shown = Shown(options.name)
@@ -138,7 +138,7 @@ class Uplink:
         """
         waits = delays(random.random)
         while True:
-            started = time.monotonic()
+            started = self.turned = time.monotonic()
             try:
                 await self._serve()
             except _RenewalError:
@@ -165,6 +165,7 @@ class Uplink:
         """Return once a record waits for this endpoint, and it may be connected to from here."""
         name, board = self.options.name, self._board
         while True:
+            self.turned = time.monotonic()
             self._wake.clear()
             if not board.reachable(name):
                 board.down.add(name)
@@ -227,6 +228,7 @@ class Uplink:
         connection.closed.add_done_callback(lambda _: self._wake.set())
         try:
             while not connection.closed.done():
+                self.turned = time.monotonic()
                 self._wake.clear()
                 self._renewing |= self.shown.due(time.monotonic())
                 if not (self._draining or self._renewing):
@@ -314,7 +316,6 @@ class Uplink:
         name, now_ns = self.options.name, time.time_ns()
         entry: Entry | None = None
         if puback.accepted:
-            self.published += 1
             self.delivered.observe((now_ns - record.recorded_ns) / SECOND)
             entry = Delivered(id=record.id, endpoint=name, code=puback.code, time_ns=now_ns)
         elif puback.code not in RETRY_LATER:
