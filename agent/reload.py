@@ -41,7 +41,7 @@ RELOADABLE = frozenset({"credentials", "model", "signing", "trust"})
 """Tables of agent.toml that a reload takes over; every other one needs a restart, and so does paths.state."""
 
 TURN_SECONDS = 120.0  # for which what is being decided is waited for: a queue of pictures takes long
-PAUSE_SECONDS = 5.0  # before records are decided again on a disk that did not answer
+PAUSE_SECONDS = 5.0  # before what a stalled disk or an uplink's claim kept from being decided is tried again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +98,18 @@ class Reloader:
             systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 await self._reload(start)
-            except (AgentError, TimeoutError) as exc:
-                self._error, self._error_ns = str(exc) or type(exc).__name__, time.time_ns()
-                log.error("reload.refused", extra={"reason": _told(exc)})  # noqa: TRY400 - a trace says nothing more
+            except TimeoutError:
+                self._refused(AgentError(f"what is being decided is not durable after {TURN_SECONDS:.0f} s"))
+            except AgentError as exc:
+                self._refused(exc)
             else:
                 self._error, self._error_ns = "", 0
                 log.info("reload.done", extra={"policy": self.setup.policy.version})
             systemd.notify("READY=1", f"STATUS=policy {self.setup.policy.version}")
+
+    def _refused(self, why: AgentError) -> None:
+        self._error, self._error_ns = str(why), time.time_ns()
+        log.error("reload.refused", extra={"reason": _told(why)})
 
     async def review_loop(self) -> None:
         """Decide again about what is in the car after every change; returns only by cancelling."""
@@ -112,9 +117,12 @@ class Reloader:
             await self._due.wait()
             digest = self.setup.digest
             try:
-                changed = await self.resolver.review()
-                await self._inward.committer.submit(Noted(name=REVIEWED, value=digest, time_ns=time.time_ns()))
+                changed, left = await self.resolver.review()
+                if not left:
+                    await self._inward.committer.submit(Noted(name=REVIEWED, value=digest, time_ns=time.time_ns()))
             except LedgerStalledError:
+                left = 1
+            if left:
                 await asyncio.sleep(PAUSE_SECONDS)
                 continue
             self._inward.fixes.arrived.set()  # what is held now may be settled by fixes that are known already
@@ -123,17 +131,13 @@ class Reloader:
                 self._due.clear()
 
     async def _reload(self, start: Start) -> None:
-        prepared = await asyncio.to_thread(self._prepare)
-        worker = await self._worker(prepared.setup)
+        prepared, old = await asyncio.to_thread(self._prepare), self.worker
+        new = await self._worker(prepared.setup)
         try:
-            await self._change(prepared, worker, start)
-        except BaseException:
-            if worker is not self.worker:
-                await worker.close()
-            raise
-        old, self.worker = self.worker, worker
-        if old is not worker:
-            await old.close()
+            await self._change(prepared, new, start)
+        finally:
+            for unused in {old, new} - {self.worker}:
+                await unused.close()
 
     def _prepare(self) -> Prepared:
         setup = assembly.load(self.setup.file)
@@ -170,10 +174,11 @@ class Reloader:
                 async with asyncio.timeout(TURN_SECONDS):
                     await stack.enter_async_context(line.turns.alone())
                     await self._remember(prepared.setup)
-                line.pipeline, line.redactor = prepared.pipeline, worker
+                line.pipeline, line.redactor, self.worker = prepared.pipeline, worker, worker
+                if prepared.setup.digest != self.setup.digest:
+                    self._due.set()
                 self.setup, self._options = prepared.setup, prepared.uplinks
                 self._done, self._changed_ns = self._done + 1, time.time_ns()
-                self._due.set()
             await committer.call(lambda ledger: ledger.seal_with(wiring.audit_seal(prepared.signer)))
         finally:
             await self.uplinks.apply(self._options, start)
@@ -194,11 +199,11 @@ class Reloader:
             self._accepted = accepted
 
 
-def _told(exc: Exception) -> str:
+def _told(exc: AgentError) -> str:
     """For the log: of a configuration only which keys are wrong, since a value may be an identity."""
     if isinstance(exc, InvalidConfigError):
         return "; ".join(f"{mistake.file}: {mistake.key}" for mistake in exc.mistakes)
-    return str(exc) or type(exc).__name__
+    return str(exc)
 
 
 def _uplinks(setup: Setup, signer: Signer | None) -> dict[str, UplinkOptions]:

@@ -353,7 +353,7 @@ async def test_record_that_an_uplink_has_claimed_is_left_to_it():
         await it.take(1, {"AA"})
         it.board.claimed.add("1")
         it.obey(replace(LAW, permit={}).policy("2"))
-        assert await it.resolver.review() == 0
+        assert await it.resolver.review() == (0, 1)
         it.board.claimed.clear()
-        assert await it.resolver.review() == 1
+        assert await it.resolver.review() == (1, 0)
         assert it.board.claimed == set()

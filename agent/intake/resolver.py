@@ -49,8 +49,11 @@ class Resolver:
             async with self._inward.line.turns.deciding():
                 await self._change(rows, self._narrowed)
 
-    async def review(self) -> int:
-        """Decide again about every record that is in the car now; how many changed. Safe to cancel and repeat."""
+    async def review(self) -> tuple[int, int]:
+        """Decide again about every record that is in the car now. Safe to cancel and repeat.
+
+        How many changed, and how many would have to but are claimed.
+        """
         return await self._all(self.again, self._inward.line.turns.deciding)
 
     async def give_up(self, regions: Collection[str]) -> int:
@@ -64,19 +67,22 @@ class Resolver:
                 return None
             return Withdrawn(id=record.id, reason="region.redefined", time_ns=time.time_ns())
 
-        return await self._all(entry, contextlib.nullcontext)
+        changed, _ = await self._all(entry, contextlib.nullcontext)
+        return changed
 
     async def _all(
         self, decide: Callable[[Record], Entry | None], turn: Callable[[], AbstractAsyncContextManager[None]]
-    ) -> int:
+    ) -> tuple[int, int]:
         """Page by page, up to the record that is the last one now: what comes later is decided as it comes."""
-        after, last, changed = 0, self._inward.committer.ledger.last_key, 0
+        after, last, changed, left = 0, self._inward.committer.ledger.last_key, 0, 0
         while after < last:
             rows = await self._inward.committer.call(lambda ledger: ledger.spooled(limit=PAGE, after=after))  # noqa: B023 - as above
             after = rows[-1].key if rows else last
             async with turn():
-                changed += await self._change(rows, decide)
-        return changed
+                free = [row for row in rows if row.record.id not in self._inward.board.claimed]
+                left += sum(decide(row.record) is not None for row in rows if row not in free)
+                changed += await self._change(free, decide)
+        return changed, left
 
     async def _change(self, rows: Sequence[Spooled], decide: Callable[[Record], Entry | None]) -> int:
         """Write down what becomes of these records, together; how many changed."""
