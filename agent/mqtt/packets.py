@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from paho.mqtt.properties import Properties
@@ -82,7 +83,8 @@ class Outgoing:
             parts.append(b"\x02" + self.expiry_s.to_bytes(4, "big"))
         if self.content_type is not None:
             parts.append(b"\x03" + _text(self.content_type))
-        parts += (b"\x26" + _text(name) + _text(value) for name, value in self.properties)
+        for name, value in self.properties:
+            parts += (b"\x26", _name(name), _text(value))
         body = b"".join(parts)
         return _varint(len(body)) + body
 
@@ -109,6 +111,12 @@ class PackedProperties(Properties):
         """What paho puts into the packet."""
         packed: bytes = vars(self)["_packed"]
         return packed
+
+
+@lru_cache(maxsize=256)
+def _name(value: str) -> bytes:
+    """As `_text`: the names of user properties are few."""
+    return _text(value)
 
 
 def _text(value: str) -> bytes:

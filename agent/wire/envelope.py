@@ -74,6 +74,19 @@ class Envelope:
         return self.signature.keyid if self.signature else None
 
 
+class _Signed(msgspec.Struct, frozen=True):
+    keyid: str
+    sig: bytes
+
+
+class _Outer(msgspec.Struct, frozen=True):
+    payload: bytes
+    signatures: list[_Signed]
+
+
+_OUTER, _EVENT = msgspec.msgpack.Decoder(_Outer), msgspec.msgpack.Decoder(dict[str, Any])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
     """A record of our own as it is stored: the attributes as text, names ascending."""
@@ -119,12 +132,16 @@ def kept(packed: bytes) -> Kept:
 
     Unlike `unpack` it does not prove again that nobody else could have written it, which takes most of the time.
     """
-    outer = _map(packed, "envelope")
-    payload, signature = outer.get("payload"), _signature(outer.get("signatures"))
-    event = _map(payload, "event") if isinstance(payload, bytes) else {}
+    try:
+        outer = _OUTER.decode(packed)
+        event = _EVENT.decode(outer.payload)
+    except msgspec.MsgspecError as exc:
+        message = f"not an envelope of our own: {exc}"
+        raise EnvelopeError(message) from exc
     data = event.pop("data", None)
     if not isinstance(data, bytes) or not all(isinstance(text, str) for text in event.values()):
         _refuse("the event holds no data, or an attribute that is not text")
+    signature = Signature(keyid=outer.signatures[0].keyid, sig=outer.signatures[0].sig) if outer.signatures else None
     return Kept(texts=event, data=data, signature=signature)
 
 
