@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import msgspec
 import pytest
+from chromium import needs_chromium, opened
 
 from tools import archive, archive_page
 from tools.archive_results import (
@@ -134,6 +135,21 @@ def test_page_shows_failures_first_counts_all_and_escapes_what_it_shows():
     assert re.findall(r'<tr data-outcome="(\w+)">', html) == ["failed", "broken", "passed"]
     assert "default-src 'none'" in html
     assert "src=" not in html.partition("<body>")[2]
+
+
+@needs_chromium
+def test_page_of_an_archive_filters_by_outcome_and_text_without_an_error_or_a_request(tmp_path):
+    rows = [result("a.mcap"), result("b.mcap", "failed", reason="promises"), broken("c.mcap", "", FACTS, "why")]
+    archive_page.write(tmp_path / "archive.html", "fleet", rows)
+    shown = "document.getElementById('shown').textContent"
+    with opened(tmp_path / "archive.html", tmp_path / "profile") as page:
+        assert page.evaluate(shown) == "recordings shown: 3"
+        page.evaluate("outcome.value = 'failed'; outcome.dispatchEvent(new Event('change'))")
+        assert page.evaluate(shown) == "recordings shown: 1"
+        page.evaluate("outcome.value = ''; text.value = 'WHY'; text.dispatchEvent(new Event('input'))")
+        assert page.evaluate("document.querySelector('.recordings tbody tr:not(.off)').dataset.outcome") == "broken"
+    assert page.complaints() == []
+    assert page.requests() == []
 
 
 def test_page_passes_only_where_every_recording_does():

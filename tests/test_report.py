@@ -1,17 +1,13 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import io
 import json
-import os
 import re
-import shutil
-import subprocess
-from contextlib import contextmanager
 from html.parser import HTMLParser
 
 import pytest
+from chromium import needs_chromium, opened, press
 from PIL import Image
 
 from tools.__main__ import main
@@ -24,7 +20,6 @@ from tools.run_file import _pictures as pictures_of
 
 SECOND = 1_000_000_000
 STATES = {"delivered": 3, "pending": 0, "held": 1, "refused": 1, "expired": 0, "evicted": 0}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = 'vehicle/<script>alert(1)</script>/"quoted"&x'
 
 
@@ -171,88 +166,10 @@ def test_command_writes_the_page_and_says_when_there_is_no_run(folder, tmp_path,
     assert "run.json" in capsys.readouterr().err
 
 
-@contextmanager
-def browser(profile):
-    """Headless Chromium on a pipe of the DevTools protocol; yields a function that calls one of its methods."""
-    to_child, from_us = os.pipe()
-    from_child, to_us = os.pipe()
-
-    # Above the numbers that the protocol wants, so that none is overwritten before it is copied.
-    to_child, to_us = (fcntl.fcntl(one, fcntl.F_DUPFD, 10) for one in (to_child, to_us))
-
-    def pipes():
-        os.dup2(to_child, 3)
-        os.dup2(to_us, 4)
-
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
-    process = subprocess.Popen(
-        [CHROMIUM, *flags, "about:blank"],
-        preexec_fn=pipes,  # noqa: PLW1509 - the protocol wants descriptors 3 and 4; the test has no threads
-        pass_fds=(3, 4),
-        close_fds=True,
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(to_child)
-    os.close(to_us)
-    try:
-        with open(from_us, "wb") as writer, open(from_child, "rb") as reader:  # noqa: PTH123 - descriptors
-            yield Protocol(writer, reader)
-    finally:
-        process.kill()
-        process.wait()
-
-
-class Protocol:
-    """Calls and events of the DevTools protocol, zero-terminated JSON."""
-
-    def __init__(self, writer, reader):
-        self._writer, self._reader = writer, reader
-        self._number = 0
-        self.session = None
-        self.events = []
-
-    def call(self, method, **parameters):
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
-        message |= {"sessionId": self.session} if self.session else {}
-        self._writer.write(json.dumps(message).encode() + b"\0")
-        self._writer.flush()
-        while True:
-            answer = self._read()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, answer
-                return answer["result"]
-            self.events.append(answer)
-
-    def wait(self, method):
-        while not any(event["method"] == method for event in self.events):
-            self.events.append(self._read())
-
-    def evaluate(self, expression):
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def _read(self):
-        data = b""
-        while not data.endswith(b"\0"):
-            piece = self._reader.read(1)
-            assert piece, "the browser ended"
-            data += piece
-        return json.loads(data[:-1])
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@needs_chromium
 def test_page_works_in_a_browser_without_an_error_or_a_request(folder, tmp_path):
     main(["report", str(folder)])
-    url = (folder / "report.html").as_uri()
-    with browser(tmp_path / "profile") as page:
-        target = page.call("Target.createTarget", url="about:blank")["targetId"]
-        page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            page.call(f"{domain}.enable")
-        page.call("Page.navigate", url=url)
-        page.wait("Page.loadEventFired")
+    with opened(folder / "report.html", tmp_path / "profile") as page:
         assert page.evaluate("document.getElementById('shown').textContent") == "messages shown: 5"
         change_topic = "topic.value = 'vehicle/gnss'; topic.dispatchEvent(new Event('change'))"
         page.evaluate(change_topic)
@@ -269,14 +186,5 @@ def test_page_works_in_a_browser_without_an_error_or_a_request(folder, tmp_path)
         after = page.evaluate("getComputedStyle(document.querySelector('.after')).clipPath")
         assert before != after
         assert page.evaluate("document.querySelectorAll('.boxes .hit, .boxes .miss').length") == 2
-    wrong = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-    assert [event for event in page.events if event["method"] in wrong] == []
-    requests = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
-    assert [one for one in requests if not one.startswith(("file:", "data:"))] == []
-
-
-def press(page, key):
-    codes = {" ": ("Space", 32, " "), "ArrowRight": ("ArrowRight", 39, "")}
-    code, number, text = codes[key]
-    for kind in ("keyDown", "keyUp"):
-        page.call("Input.dispatchKeyEvent", type=kind, key=key, code=code, windowsVirtualKeyCode=number, text=text)
+    assert page.complaints() == []
+    assert page.requests() == []
