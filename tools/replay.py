@@ -28,6 +28,7 @@ from tools.stamps import DEFAULT_KEYS, restamped
 
 IN_FLIGHT = 512  # publishes without PUBACK, or fewer where the broker says so; more of them wait here
 ACK_SECONDS = 30.0
+GRAIN_S = 0.001  # shorter waits cost more than they are worth: what falls due meanwhile goes out together, late by this
 USAGE_STATUS = 2
 BROKEN_STATUS = 3
 
@@ -81,7 +82,7 @@ class Player:
         size = 0
         for one in schedule:
             wait_s = start + one.at_s - time.monotonic() if paced else 0.0
-            if self._stop.wait(wait_s) if wait_s > 0 else self._stop.is_set():
+            if self._stop.wait(max(wait_s, GRAIN_S)) if wait_s > 0 else self._stop.is_set():
                 break
             late.append(time.monotonic() - start - one.at_s)
             message = self._stamped(one, start_ns)
