@@ -86,6 +86,14 @@ def test_equal_sources_give_an_equal_package_whatever_the_builders_clock_and_uma
     assert first == second
 
 
+def test_wheels_are_laid_out_equally_twice(tmp_path, packages, monkeypatch):
+    if not packages:
+        pytest.skip("asked for by --packages: it installs all wheels twice")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1790000000")
+    first, second = (deb.build(ROOT, tmp_path / name, OPTIONS).read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
 def test_date_is_the_last_commits_where_nobody_says_one(monkeypatch):
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     command = ["git", "log", "-1", "--format=%ct"]

@@ -214,6 +214,12 @@ def test_unit_runs_in_the_sandbox_that_it_asks_for(system):
     assert system.run("stat", "-c", "%U %a", "/etc/residency-agent/keys").split() == ["root", "700"]
 
 
+def test_installation_tells_nothing_of_where_it_was_built(system):
+    found = system.run("find", "/opt/residency-agent", "-name", "RECORD", "-o", "-name", "direct_url.json")
+    assert found == ""
+    assert system.run("grep", "-rlF", str(ROOT), "/opt/residency-agent", check=False) == ""
+
+
 def test_nothing_leaves_until_the_egress_rules_allow_the_network_and_then_what_leaves_is_signed(system):
     publish(system, "vehicle/telemetry/speed", b'{"n": 1}')
     publish(system, "vehicle/camera/front", picture())

@@ -45,6 +45,8 @@ UNUSED = (
     "bin",  # launchers for the interpreter that built the package
     "share",  # the wheel's copy of systemd/
     "tools",  # for testers, and without their dependencies
+    "*.dist-info/RECORD",  # dpkg keeps its own; this one knows the builder's folders
+    "*.dist-info/direct_url.json",
     "**/tests",
     "**/*.pyi",
     "numpy/distutils",
