@@ -253,7 +253,7 @@ async def drive(plan):
             SEEN.update(published=len(list(it.published())), refused=it.counts.refused, held=it.counts.held)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(steps)
 def test_nothing_is_published_that_the_policy_of_the_day_forbids_in_any_country_of_the_capture(plan):
     asyncio.run(drive(plan))
