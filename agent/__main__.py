@@ -34,6 +34,10 @@ EXPLAIN = (
     "residency-agent explain agent.toml --topic vehicle/gnss --time 2026-11-23T10:00:30Z \\",
     "    --at 22.5431,114.0579,10,2026-11-23T10:00:00Z --at 22.5160,114.0680,10,2026-11-23T10:01:00Z",
 )
+DOCTOR = (
+    "residency-agent doctor /etc/residency-agent/agent.toml",
+    "residency-agent doctor agent.toml --in eea --in ch",
+)
 INIT = (
     "residency-agent init /etc/residency-agent --regions cn,hk,eea --vehicle urn:example:car-7 --registration CN",
     "residency-agent init car --regions cn --vehicle urn:example:car-7 --state state --endpoint cn=127.0.0.1:18841",
@@ -90,11 +94,21 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="everything, for programs")
     _add_explain(add("explain", _explain, "say step by step what would happen to a message", EXPLAIN))
     add("egress-rules", _egress_rules, "print a systemd drop-in that allows the policy's networks and nothing else")
-    add(
+    doctor = add(
         "doctor",
         _doctor,
         "try brokers, TLS, clock, disk, keys and model, and say what to do about each failure",
+        DOCTOR,
         failed="something is not as it should be",
+    )
+    doctor.add_argument(
+        "--in",
+        dest="regions",
+        action="append",
+        default=[],
+        metavar="REGION",
+        help="where the vehicle is now: endpoints that the policy's reach forbids from there are not contacted; may be "
+        "repeated; without it: anywhere",
     )
     for name, print_it, summary in (
         ("reference", _reference, "print every key of both files as Markdown"),
@@ -246,12 +260,17 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     async def print_all(setup: assembly.Setup) -> int:
         failures = 0
-        async for finding in examine(setup):
+        async for finding in examine(setup, arguments.regions):
             print(finding, flush=True)
             failures += bool(finding.advice)
         return EXIT_FAILED if failures else 0
 
-    return asyncio.run(print_all(assembly.load(arguments.config)))
+    setup = assembly.load(arguments.config)
+    unknown = set(arguments.regions) - set(setup.policy.everywhere)
+    if unknown:
+        known = ", ".join(setup.policy.everywhere)
+        raise AgentError(f"--in {min(unknown)}: the policy has no such region; it has {known}")
+    return asyncio.run(print_all(setup))
 
 
 def _reference(_: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from agent import assembly
 from agent import clock as agent_clock
+from agent.__main__ import main
 from agent.doctor import machine, network
 from agent.doctor.examine import examine
 from agent.doctor.model import png, try_model
@@ -31,8 +32,8 @@ HOST = "broker.example.com"
 DNS = pytest.mark.usefixtures("dns")
 
 
-async def findings(setup):
-    return {finding.name: finding async for finding in examine(setup)}
+async def findings(setup, regions=()):
+    return {finding.name: finding async for finding in examine(setup, regions)}
 
 
 @NEEDS_DETECTOR
@@ -57,6 +58,26 @@ async def test_one_failure_does_not_hide_another(tmp_path, patience):
     assert failed == {"permissions", "in-car broker", "endpoint hk", "model"}
     assert str(found["model"]).startswith("FAIL  model: ")
     assert "every picture is refused" in found["model"].advice
+
+
+async def test_endpoint_that_reach_forbids_is_not_contacted_from_there_nor_from_anywhere(tmp_path, patience):
+    async with asyncio.timeout(2 * patience), car(tmp_path) as it:
+        policy = it.folder / "policy.toml"
+        policy.write_text(policy.read_text().replace('countries = ["CN"]', 'countries = ["CN"]\nreach = ["cn"]'))
+        setup = assembly.load(it.config)
+        for regions in ((), ("cn",), ("cn", "hk")):
+            found = await findings(setup, regions)
+            assert str(found["endpoint cn"]).startswith("ok    ")
+            assert str(found["endpoint hk"]).startswith("skip  endpoint hk: not to be reached from ")
+            assert "-doctor" not in it.outer["hk"].log_path.read_text()
+        found = await findings(setup, ("hk",))
+        assert str(found["endpoint hk"]).startswith("ok    ")
+        assert "-doctor" in it.outer["hk"].log_path.read_text()
+
+
+def test_region_that_the_policy_does_not_have_is_named(setup, capsys):
+    assert main(["doctor", str(setup.file), "--in", "mars"]) == 1
+    assert "--in mars: the policy has no such region; it has cn, unlisted" in capsys.readouterr().err
 
 
 # --- The machine ---------------------------------------------------------------------------------------------------

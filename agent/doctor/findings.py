@@ -10,13 +10,16 @@ from agent.errors import AgentError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was tried. `advice` is empty where it is as it should be."""
+    """One thing that was tried, or `skipped`. `advice` is empty where it is as it should be."""
 
     name: str
     detail: str
     advice: str = ""
+    skipped: bool = False
 
     def __str__(self) -> str:
+        if self.skipped:
+            return f"skip  {self.name}: {self.detail}"
         if not self.advice:
             return f"ok    {self.name}: {self.detail}"
         return f"FAIL  {self.name}: {self.detail}\n      {self.advice}"
