@@ -27,8 +27,6 @@ from agent.errors import AgentError, LedgerStalledError
 from agent.intake.intake import Fixes, Intake, Inward
 from agent.intake.line import Line, Numbering
 from agent.memory import Memory
-from agent.pipeline import Pipeline
-from agent.places.positions import PositionHistory
 from agent.policy import Policy
 from agent.redaction.pool import RedactionPool
 from agent.reload import Reloader
@@ -105,8 +103,8 @@ def first(group: BaseExceptionGroup[E]) -> E:
 
 async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack, reload: asyncio.Event) -> Parts:
     signer = wiring.signer(setup)
-    identity = wiring.identity(setup)
-    history = PositionHistory(wiring.position_limits(setup), boot_id=identity.boot_id)
+    pipeline = wiring.pipeline(setup, signer)
+    boot_id = pipeline.identity.boot_id
     ledger = Ledger.open(setup.ledger_path, wiring.ledger_limits(setup), seal=wiring.audit_seal(signer))
     stack.callback(ledger.close)
     for incident in ledger.incidents:
@@ -115,18 +113,9 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack, reload: asyn
     committer = await stack.enter_async_context(Committer(ledger, options))
     worker = await RedactionPool(wiring.worker_options(setup), setup.config.model.processes).__aenter__()
     stack.push_async_callback(worker.close)
-    pipeline = Pipeline(
-        identity=identity,
-        policy=setup.policy,
-        borders=setup.borders(),
-        positions=history,
-        limits=wiring.inspection_limits(setup),
-        signer=signer,
-        field_rules=wiring.field_rules_of(setup),
-    )
     line = Line(pipeline, worker, Numbering(ledger.sequences()))
     board = Board(reachable=_Reach(line).allows)
-    fixes = Fixes(wiring.fix_readers(setup), history)
+    fixes = Fixes(wiring.fix_readers(setup), pipeline.positions)
     inward = Inward(line=line, committer=committer, fixes=fixes, board=board)
     registration = setup.config.vehicle.registration
 
@@ -138,10 +127,10 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack, reload: asyn
 
     reloader = Reloader(setup, inward, worker, UplinkGroup(board, uplink), reload)
     stack.push_async_callback(lambda: reloader.worker.close())  # noqa: PLW0108 - the one that runs then
-    alive = _alive(setup, identity.boot_id)
+    alive = _alive(setup, boot_id)
     return Parts(
         setup=setup,
-        boot_id=identity.boot_id,
+        boot_id=boot_id,
         committer=committer,
         fixes=fixes,
         intakes={options.name: Intake(options, inward, alive.get(options.name)) for options in wiring.intakes(setup)},

@@ -14,9 +14,9 @@ from agent.mqtt.packets import Session
 from agent.payloads.fields import SHORTEST_KEY, FieldRules
 from agent.payloads.inspection import InspectionLimits
 from agent.pictures.formats import Fill, Margin, People, PictureLimits, RedactionOptions
-from agent.pipeline import Identity
+from agent.pipeline import Identity, Pipeline
 from agent.places.gnss import FixReader, FixSource
-from agent.places.positions import PositionLimits
+from agent.places.positions import PositionHistory, PositionLimits
 from agent.redaction.manifest import parse_manifest, read_model
 from agent.redaction.worker import WorkerOptions
 from agent.settings.config import Credential, PositionSource
@@ -33,7 +33,7 @@ PACKET_SLACK = 64 << 10  # topic, properties and headers of an MQTT packet
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def identity(setup: Setup) -> Identity:
+def _identity(setup: Setup) -> Identity:
     """Who this vehicle is, and which boot this is."""
     vehicle = setup.config.vehicle
     return Identity(
@@ -41,6 +41,20 @@ def identity(setup: Setup) -> Identity:
         boot_id=BOOT_ID.read_text(encoding="ascii").strip(),
         registration=vehicle.registration,
         fixed_country=vehicle.fixed_country,
+    )
+
+
+def pipeline(setup: Setup, signed_by: Signer | None) -> Pipeline:
+    """The decisions of this vehicle under its policy, with an empty fix history; raises InvalidConfigError."""
+    vehicle = _identity(setup)
+    return Pipeline(
+        identity=vehicle,
+        policy=setup.policy,
+        borders=setup.borders(),
+        positions=PositionHistory(position_limits(setup), boot_id=vehicle.boot_id),
+        limits=inspection_limits(setup),
+        signer=signed_by,
+        field_rules=field_rules_of(setup),
     )
 
 

@@ -22,8 +22,6 @@ from agent.intake.line import Line, Numbering
 from agent.intake.resolver import PAUSE_SECONDS
 from agent.messages import Hold, Message, Publish, Record, State
 from agent.pictures.formats import RedactedPayload
-from agent.pipeline import Pipeline
-from agent.places.positions import PositionHistory
 from agent.redaction.detector import Detector
 from agent.redaction.redaction import redact_payload
 from agent.redaction.worker import WorkerOptions
@@ -121,20 +119,11 @@ class _Car:
     _looked_ns: int = 0
 
     def __post_init__(self) -> None:
-        setup, identity = self.setup, wiring.identity(self.setup)
-        history = PositionHistory(wiring.position_limits(setup), boot_id=identity.boot_id)
-        pipeline = Pipeline(
-            identity=identity,
-            policy=setup.policy,
-            borders=setup.borders(),
-            positions=history,
-            limits=wiring.inspection_limits(setup),
-            signer=wiring.signer(setup),
-            field_rules=wiring.field_rules_of(setup),
-        )
+        setup = self.setup
+        pipeline = wiring.pipeline(setup, wiring.signer(setup))
         self.redactor = InProcess(wiring.worker_options(setup))
         self._line = Line(pipeline, self.redactor, Numbering({}), lambda: self._now_ns)
-        self._fixes = Fixes(wiring.fix_readers(setup), history)
+        self._fixes = Fixes(wiring.fix_readers(setup), pipeline.positions)
 
     async def take(self, recorded: Recorded) -> None:
         """One message as it came over the in-car broker at its moment of receipt."""

@@ -17,8 +17,7 @@ from pathlib import Path
 from agent import assembly, wiring
 from agent.messages import Message
 from agent.mqtt.sockets import boot_ns
-from agent.pipeline import Pipeline, Stamp
-from agent.places.positions import PositionHistory
+from agent.pipeline import Stamp
 from agent.store.entries import Store
 from agent.store.ledger import Ledger
 from tools.agent_process import AgentProcess
@@ -146,24 +145,15 @@ def fill(folder: Path, records: int) -> None:
 
 
 def _entries(setup: assembly.Setup, records: int) -> Iterator[Store]:
-    identity = wiring.identity(setup)
-    history = PositionHistory(wiring.position_limits(setup), boot_id=identity.boot_id)
-    pipeline = Pipeline(
-        identity=identity,
-        policy=setup.policy,
-        borders=setup.borders(),
-        positions=history,
-        limits=wiring.inspection_limits(setup),
-        signer=wiring.signer(setup),
-    )
+    pipeline = wiring.pipeline(setup, wiring.signer(setup))
     numbers = Numbers(SIZE, first=STORED)
     reader = wiring.fix_readers(setup)[0][1]
     for number in range(records):
-        while number % COMMIT == 0 and len(history) <= number // COMMIT + CONFIRMING:
+        while number % COMMIT == 0 and len(pipeline.positions) <= number // COMMIT + CONFIRMING:
             found = reader.read(_message(GNSS, fix(0)))
             if found is None:
                 raise PumpError("the fix of the benchmark is no fix")
-            history.add(found)
+            pipeline.positions.add(found)
         message = _message(TELEMETRY, numbers(0))
         stamp = Stamp(record_id=secrets.token_hex(16), sequence=number + 1, now_ns=message.received_ns)
         yield Store(record=pipeline.record(pipeline.examine(message), message.payload, None, stamp))
