@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from agent.messages import Box
 from tools.__main__ import main
 from tools.evaluate import chosen, record
-from tools.evaluation.baselines import baselines
+from tools.evaluation.baselines import FILES, baselines
 from tools.evaluation.card import CLOSING, OPENING
 from tools.evaluation.contest import Contestant, facts_of, outcome
 from tools.evaluation.judgement import NEVER, Found, judge, masked_outside
@@ -359,3 +360,13 @@ def test_timing_alternates_and_gives_medians_of_each():
     times = timed({"one": lambda: order.append(1), "two": lambda: order.append(2)}, rounds=3)
     assert order == [1, 2] * 4
     assert set(times) == {"one", "two"}
+
+
+def test_baseline_that_the_installed_opencv_cannot_read_is_left_out_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.evaluation.baselines.sysconfig.get_paths", lambda: {"purelib": str(tmp_path)})
+    path = tmp_path / FILES["hyperlpr"]
+    path.parent.mkdir(parents=True)
+    path.touch()
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(__version__="5.0.0", dnn=SimpleNamespace()))
+    remarks = [item for item in baselines([tmp_path], 1.0, 1280) if isinstance(item, str)]
+    assert "hyperlpr: not run: OpenCV 5.0.0 reads no Caffe files, 4 does" in remarks

@@ -138,6 +138,9 @@ def yunet(path: Path) -> Contestant:
 def hyperlpr(path: Path) -> Contestant:
     """HyperLPR's SSD, at the picture's own size as its code does it."""
     cv2 = importlib.import_module("cv2")
+    if not hasattr(cv2.dnn, "readNetFromCaffe"):
+        message = f"OpenCV {cv2.__version__} reads no Caffe files, 4 does"
+        raise ImportError(message)
     network = cv2.dnn.readNetFromCaffe(str(path.with_suffix(".prototxt")), str(path))
     mean, spread = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
