@@ -18,7 +18,7 @@ from agent.settings.config import shipped_manifest
 MIB = 1 << 20
 PICTURES = 6
 MOST_THREADS = 10  # the loop, the ledger's, two beside it, and for moments one a connection that is being made
-REST_THREADS = 5
+REST_THREADS = 8
 MODEL_THREADS = 2
 
 
