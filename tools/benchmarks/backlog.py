@@ -120,7 +120,7 @@ async def _catch_up(  # noqa: PLR0913, PLR0917 - what stands around it
         await sink.until(stored)
         caught = (stored - already) / (time.monotonic() - began)
         stand = Stand(name="", source=source, sink=sink, numbers=numbers, pids=(), region=region, agent=process)
-        source.publish(GNSS, fix(0))
+        await stands.flows(stand)
         rate = await stand.rate(LIVE)
         return caught, await stand.rate(max(LIVE, int(rate * seconds)))
     finally:

@@ -88,7 +88,7 @@ async def bridge(name: str, size: int, lines: Sequence[str] = ()) -> AsyncIterat
         source, sink = await _pumps(stack, car, region)
         pids = (car.pid,) if car.pid is not None else ()
         stand = Stand(name=name, source=source, sink=sink, numbers=Numbers(size), pids=pids, region=region)
-        await _flows(stand)
+        await flows(stand)
         yield stand
 
 
@@ -112,7 +112,7 @@ async def agent(folder: Path, size: int) -> AsyncIterator[Stand]:
             region=region,
             agent=process,
         )
-        await _flows(stand)
+        await flows(stand)
         yield stand
 
 
@@ -159,13 +159,14 @@ async def _pumps(stack: AsyncExitStack, car: Broker, region: Broker) -> tuple[So
     return source, sink
 
 
-async def _flows(stand: Stand) -> None:
-    """Return once messages arrive; a bridge may not be connected yet, and the agent may know no position."""
+async def flows(stand: Stand) -> None:
+    """Return once messages go through; a bridge may not be connected yet, and the agent may know no position."""
+    first = stand.numbers.made
+    stand.sink.forget(first)
     async with asyncio.timeout(FIRST_SECONDS):
         while not stand.sink.arrived:
             stand.source.publish(GNSS, fix(0))
             await asyncio.sleep(TRY_SECONDS)
             stand.source.publish(TELEMETRY, stand.numbers(time.monotonic_ns()))
             await asyncio.sleep(TRY_SECONDS)
-        await stand.sink.until(stand.numbers.made)
-    stand.sink.forget()
+        await stand.sink.until(stand.numbers.made - first)
