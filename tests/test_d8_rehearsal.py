@@ -169,6 +169,7 @@ class Rehearsal:
         lines = [
             *(f"listener {PORT} {ADDRESSES[name]}", f"certfile {identity.cert}", f"keyfile {identity.key}"),
             *(f"listener {WATCH[name]} 127.0.0.1", "allow_anonymous true", "user root", "max_queued_messages 0"),
+            "max_inflight_messages 0",  # what it acknowledges it has passed on: killed, it takes nothing along
             *(f"persistence true\npersistence_location {folder}/", "autosave_on_changes true", "autosave_interval 1"),
         ]
         (folder / "mosquitto.conf").write_text("\n".join([*lines, ""]))
