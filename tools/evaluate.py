@@ -32,7 +32,7 @@ from tools.evaluation.contest import (
     thresholds_of,
 )
 from tools.evaluation.judgement import Judgement
-from tools.evaluation.latency import passes, timed
+from tools.evaluation.latency import medians, passes, timed
 from tools.evaluation.readers import read_folder
 from tools.evaluation.report import class_table, contest_table, loss_table, misses, printed, size_table
 from tools.evaluation.truths import Labelled, from_entry
@@ -201,7 +201,7 @@ def _latency(args: argparse.Namespace) -> dict[str, float]:
     path = find("centerface", args.baselines or [])
     if path is None or not args.manifest:
         return {}
-    return timed(passes(args.manifest[0], path))
+    return medians(timed(passes(args.manifest[0], path)))
 
 
 def _latency_lines(times: Mapping[str, float]) -> list[str]:

@@ -24,7 +24,7 @@ from tools.witness import Seen, WitnessError, opened
 STATES = ("delivered", "pending", "held", "refused", "expired", "evicted")
 # Of all labelled objects. A detector's recall is measured by `evaluate` on hundreds of pictures and stated in its model
 # card; this floor only tells a run whose pictures were masked from one whose pictures were not.
-REQUIRED_SHARE = 0.5
+REQUIRED_SHARE = 0.75
 
 Permits = Callable[[str, str], tuple[str, ...]]
 

@@ -11,8 +11,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from agent.settings.config import shipped_manifest
 from tools.benchmarks.results import Goal, Row, ratios
 from tools.benchmarks.settings import Settings
 from tools.evaluation.baselines import session_of
+from tools.evaluation.latency import timed
 
 PICTURE_GOAL = Goal(must=6, aim=12, at_least=True)
 FLOOR_GOAL = Goal(must=1.15, aim=1.05, at_least=False)
@@ -72,18 +72,6 @@ async def measure(settings: Settings) -> list[Row]:
             parts={name: spent[name] for name in PARTS},
         ),
     ]
-
-
-def timed(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each, in turn, so that a busy machine is busy for all; one round before is not counted."""
-    spent: dict[str, list[float]] = {name: [] for name in runs}
-    for step in range(rounds + 1):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if step:
-                spent[name].append(1000 * (time.perf_counter() - started))
-    return spent
 
 
 def _ours(picture: bytes) -> Callable[[], object]:

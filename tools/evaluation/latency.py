@@ -38,8 +38,8 @@ def _batch(picture: np.ndarray, given: Input) -> np.ndarray:
     return np.ascontiguousarray(batch)
 
 
-def timed(runs: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Median milliseconds of each, run in turn so that a busy machine is busy for all."""
+def timed(runs: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, list[float]]:
+    """Milliseconds of each, in turn, so that a busy machine is busy for all; one round before is not counted."""
     spent: dict[str, list[float]] = {name: [] for name in runs}
     for step in range(rounds + 1):
         for name, run in runs.items():
@@ -47,4 +47,9 @@ def timed(runs: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[st
             run()
             if step:
                 spent[name].append(1000 * (time.perf_counter() - started))
+    return spent
+
+
+def medians(spent: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median milliseconds of each."""
     return {name: round(statistics.median(values), 2) for name, values in spent.items()}
