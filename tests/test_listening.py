@@ -8,6 +8,8 @@ import io
 import json
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import stream
@@ -111,6 +113,18 @@ def test_gaps_are_counted_per_source_and_region():
     inbox.take([*one, *other, *third])
     assert inbox.missing() == {"cn": 1 + 3, "hk": 0}
     inbox.close()
+
+
+def test_inboxes_that_are_opened_at_the_same_moment_all_open(tmp_path):
+    def opened(path, barrier):
+        barrier.wait()
+        Inbox(path, threading.current_thread().name).close()
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(20):
+            barrier = threading.Barrier(4)
+            for made in [pool.submit(opened, tmp_path / str(number), barrier) for _ in range(4)]:
+                made.result()
 
 
 def test_a_duplicate_is_known_to_every_consumer_of_the_folder_and_after_a_restart(tmp_path):

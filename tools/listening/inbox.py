@@ -12,10 +12,12 @@ highest sequence and how many came, from which gaps follow in any order of arriv
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +70,17 @@ class Roll:
     rows: list[Row]
 
 
+@contextmanager
+def _alone(path: Path | None) -> Iterator[None]:
+    """No other process opens this file meanwhile: whoever finds it turning into WAL gets an error at once, no wait."""
+    if path is None:
+        yield
+        return
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class Inbox:
     """One consumer's view of the file; `path` None keeps everything in memory and spools nothing."""
 
@@ -75,10 +88,11 @@ class Inbox:
         self._consumer = consumer
         self._remember = remember
         self._spools = path is not None
-        self._db = sqlite3.connect(path or ":memory:", timeout=BUSY_SECONDS, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.executescript(_SCHEMA)
+        with _alone(path):
+            self._db = sqlite3.connect(path or ":memory:", timeout=BUSY_SECONDS, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.executescript(_SCHEMA)
 
     def close(self) -> None:
         """Close the file; what was taken stays in it."""
