@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agent import usage
+from tools.signals import INTERRUPTED_STATUS
 
 TROUBLE = {3: "a file, a broker or the agent could not be used"}
-INTERRUPTED = {130: "interrupted"}
+INTERRUPTED = {INTERRUPTED_STATUS: "interrupted"}
 USAGE = "wrong usage, or a mistake in a file"
 
 
