@@ -163,7 +163,7 @@ async def test_the_readmes_acl_keeps_regions_and_vehicles_apart(tmp_path):
         command = "mosquitto_sub", "-V", "5", "-p", broker.port, "-q", "1", "-t", "#", "-F", "%t", "-C", "2"
         async with consumer(*command, "-u", "archive-cn") as mainland, consumer(*command, "-u", "archive-hk") as island:
             await subscribed(broker, "#", times=2)
-            # alone: mosquitto 2.0.11 ends a connection on which it denied a PUBLISH, and a reset may take the PUBACK along
+            # alone: mosquitto 2.0.11 ends the connection of a denied PUBLISH, and a reset may swallow the PUBACK
             await asyncio.to_thread(stream.publish, broker.port, [strange], username="car-7")
             await asyncio.to_thread(stream.publish, broker.port, [both, own, away], username="car-7")
             seen = [(await process.communicate())[0].decode().split() for process in (mainland, island)]

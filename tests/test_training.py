@@ -12,7 +12,7 @@ from agent.messages import Box
 from agent.redaction.detector import Detector
 from tools.evaluation.contest import Contestant
 from tools.training import plates
-from tools.training.augment import Tile, choose_window, flipped, mosaic, paste_from, pasted, show
+from tools.training.augment import Tile, choose_window, flipped, mosaic, paste_from, pasted, rolled, show
 from tools.training.completion import completed, open_classes, weighed
 from tools.training.dataset import (
     BLOCK,
@@ -169,6 +169,25 @@ def test_flip_mirrors_pixels_and_boxes():
     assert (back.pixels == scene.pixels).all()
     assert np.allclose(back.targets.boxes, scene.targets.boxes)
     assert flipped(scene).targets.boxes[0].tolist() == [110, 60, 150, 80]
+
+
+@pytest.mark.parametrize("degrees", [-25.0, -8.0, 3.0, 12.0])
+def test_roll_turns_pixels_and_boxes_alike(degrees):
+    pixels = np.zeros((160, 240, 3), np.uint8)
+    pixels[60:80, 100:160] = 255
+    boxes = (PLATE, (100, 60, 160, 80), False), (FACE, (0, 0, 6, 6), False), (PERSON, (0, 0, 240, 160), True)
+    made = rolled(Tile(pixels=pixels, targets=Targets.of(boxes)), degrees)
+    bright = made.pixels[..., 0] > 127
+    rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+    seen = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    assert np.abs(made.targets.boxes[0] - seen).max() <= 2.5
+    assert made.targets.boxes[made.targets.classes == PERSON].tolist() == [[0, 0, 240, 160]]
+    assert not made.targets.ignored[0]
+
+
+def test_what_a_roll_turns_out_of_the_tile_teaches_nothing():
+    made = rolled(tile(100, (FACE, (0, 0, 20, 20), False)), 40.0)
+    assert made.targets.ignored.all()
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])

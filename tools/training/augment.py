@@ -173,6 +173,22 @@ def flipped(tile: Tile) -> Tile:
     return Tile(pixels=tile.pixels[:, ::-1], targets=replace(tile.targets, boxes=boxes))
 
 
+def rolled(tile: Tile, degrees: float) -> Tile:
+    """The tile turned about its centre, as a camera that is not level sees it; corners without a picture are grey.
+
+    A box becomes the smallest upright one around its turned corners; what is mostly turned out of the tile is ignored.
+    """
+    high, wide = tile.pixels.shape[:2]
+    turned = Image.fromarray(tile.pixels).rotate(degrees, Image.Resampling.BILINEAR, fillcolor=(114, 114, 114))
+    centre = np.array([wide / 2, high / 2], np.float32)
+    angle = math.radians(degrees)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], np.float32)
+    corners = (tile.targets.boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]] - centre) @ turn + centre
+    boxes = np.concatenate([corners.min(1), corners.max(1)], 1) if len(corners) else tile.targets.boxes
+    whole = Window(x=0.0, y=0.0, scale_x=1.0, scale_y=1.0, width=wide, height=high)
+    return Tile(pixels=np.asarray(turned), targets=_seen(replace(tile.targets, boxes=boxes), whole))
+
+
 def pasted(tile: Tile, patch: Pixels, mask: NDArray[np.uint8], label: str, corner: tuple[int, int]) -> Tile:
     """A patch laid over the tile with `mask` (0..255) as its opacity: a new target; what it hides is ignored."""
     x, y = corner

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from tools.training.augment import Tile, flipped, mosaic, paste_from
+from tools.training.augment import Tile, flipped, mosaic, paste_from, rolled
 from tools.training.dataset import Entry, Targets, load_picture, targets_of
 from tools.training.plates import with_plate
 from tools.training.weather import weathered
 
 GRIDS, GRID_CHANCES = (1, 4, 9), (0.7, 0.27, 0.03)
-PASTE, SYNTHETIC, FLIP = 0.2, 0.15, 0.5  # chances
+PASTE, SYNTHETIC, FLIP, ROLL = 0.2, 0.15, 0.5, 0.15  # chances
+LEVEL = 6.0  # standard deviation of a roll, degrees
 EMPHASIS: Mapping[str, float] = {
     "coco_minis": 3.0,
     "facemask853_train": 1.6,
@@ -58,6 +59,8 @@ def training_tile(album: Album, size: int, rng: Generator) -> Tile:
         tile = with_plate(tile, rng)
     if rng.random() < FLIP:
         tile = flipped(tile)
+    if rng.random() < ROLL:
+        tile = rolled(tile, float(rng.normal(0, LEVEL)))
     return Tile(pixels=weathered(tile.pixels, rng), targets=tile.targets)
 
 

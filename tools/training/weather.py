@@ -1,4 +1,4 @@
-"""What happens between the scene and the file: light, night, rain, motion, noise and JPEG damage."""
+"""What happens between the scene and the file: light, night, rain, motion, noise, dead pixels and JPEG damage."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 
 Pixels = NDArray[np.uint8]
 
-NIGHT, RAIN, MOTION, NOISE, DAMAGE, GREY = 0.08, 0.04, 0.08, 0.12, 0.2, 0.05  # chances
+NIGHT, RAIN, MOTION, NOISE, DEAD, DAMAGE, GREY = 0.08, 0.04, 0.08, 0.12, 0.05, 0.2, 0.05  # chances
 
 
 def weathered(pixels: Pixels, rng: Generator) -> Pixels:
-    """Colour, light, night, rain, motion blur, noise and JPEG damage, each with its own chance."""
+    """Colour, light, night, rain, motion blur, noise, dead pixels and JPEG damage, each with its own chance."""
     dark = rng.random() < NIGHT
     result = _coloured(pixels, rng, float(rng.uniform(1.4, 2.5)) if dark else float(rng.uniform(0.75, 1.35)))
     if dark:
@@ -27,6 +27,8 @@ def weathered(pixels: Pixels, rng: Generator) -> Pixels:
         result = _moved(result, rng)
     if rng.random() < NOISE:
         result = _noisy(result, rng)
+    if rng.random() < DEAD:
+        result = _strewn(result, rng)
     return _damaged(result, rng) if rng.random() < DAMAGE else result
 
 
@@ -64,6 +66,15 @@ def _noisy(pixels: Pixels, rng: Generator) -> Pixels:
     strength = np.float32(rng.uniform(2, 14))
     noise: NDArray[np.int16] = (field[y : y + height, x : x + width] * strength).astype(np.int16)
     return np.asarray(np.clip(pixels + noise, 0, 255), np.uint8)
+
+
+def _strewn(pixels: Pixels, rng: Generator) -> Pixels:
+    """Dead and stuck pixels, or a broken transfer: up to one in twelve is black or white."""
+    result = pixels.copy()
+    count = int(rng.uniform(0.002, 0.08) * pixels.shape[0] * pixels.shape[1])
+    rows, columns = rng.integers(0, pixels.shape[:2], (count, 2)).T
+    result[rows, columns] = rng.choice(np.array([0, 255], np.uint8), (count, 1))
+    return result
 
 
 @lru_cache(maxsize=2)
