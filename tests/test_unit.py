@@ -184,8 +184,11 @@ def process(system):
 
 
 def connected(system):
-    sessions = status(system).get("sessions", {}).values()
-    return bool(sessions) and all(session["connected"] for session in sessions)
+    """Whether the agent that runs now has both sessions; an earlier one's status lies there until it writes its own."""
+    found = status(system)
+    sessions = found.get("sessions", {}).values()
+    running = str(found.get("pid")) == system.show(UNIT, "MainPID")
+    return running and bool(sessions) and all(session["connected"] for session in sessions)
 
 
 def publish(system, topic, payload):
@@ -268,6 +271,24 @@ def test_upgrade_keeps_the_ledger_and_the_configuration_and_runs_the_new_version
     assert system.run("dpkg", "--verify", "residency-agent").split("\n")[:-1] == [
         "??5?????? c /etc/residency-agent/agent.toml"
     ]
+
+
+def test_upgrade_while_systemd_waits_to_restart_the_agent_starts_it(system, debs):
+    waits = f"/etc/systemd/system/{UNIT}.d/waits.conf"
+    system.write(waits, "[Service]\nRestartSec=1h\n")
+    system.run("systemctl", "daemon-reload")
+    system.run("systemctl", "kill", "--signal=KILL", UNIT)
+    system.until(lambda: system.show(UNIT, "SubState") == "auto-restart", SECONDS)
+    install(system, debs[1])
+    system.until(lambda: connected(system), SECONDS)
+    system.path(waits).unlink()
+    system.run("systemctl", "daemon-reload")
+
+
+def test_upgrade_leaves_an_agent_stopped_that_was_stopped(system, debs):
+    system.run("systemctl", "stop", UNIT)
+    install(system, debs[1])
+    assert system.show(UNIT, "ActiveState") == "inactive"
 
 
 def test_removal_keeps_configuration_and_ledger_and_purge_removes_them(system):
