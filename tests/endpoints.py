@@ -115,11 +115,11 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(ports, **options):
+async def bench(ports, company_s=1.0, **options):
     """A ledger and an uplink for each of `ports` ({name: port}); `options` are those of every uplink."""
     folder = in_memory()
     ledger = Ledger.open(folder / "ledger.db", LedgerLimits(reserve_bytes=65536))
-    async with Committer(ledger, CommitOptions(max_delay_s=0.001)) as committer:
+    async with Committer(ledger, CommitOptions(max_delay_s=0.001, company_s=company_s)) as committer:
         made = Bench(committer, Board(), policy_of(*ports), ports, options)
         try:
             yield made

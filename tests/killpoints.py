@@ -17,7 +17,7 @@ POINTS = {
     "picture handed to the redaction process": ("agent.redaction.worker", "RedactionWorker._ask", "before"),
     "picture redacted": ("agent.redaction.worker", "RedactionWorker.redact", "after"),
     "record made": ("agent.intake.line", "Line.entry", "after"),
-    "record queued for the ledger": ("agent.store.committer", "_Queue.put", "after"),
+    "record queued for the ledger": ("agent.store.queue", "Queue.put", "after"),
     "large record's file written": ("agent.store.blobs", "Blobs.write", "after"),
     "transaction begun": ("agent.store.transaction", "Transaction.apply", "after"),
     "transaction written but not committed": ("agent.store.transaction", "Transaction.finish", "after"),
@@ -30,7 +30,8 @@ POINTS = {
     "record cleared": ("agent.policy", "Policy.clear", "after"),
     "record published": ("agent.uplink.outlet", "Outlet.publish", "after"),
     "endpoint's PUBACK read": ("agent.uplink.uplink", "Uplink._on_puback", "before"),
-    "delivery written down": ("agent.uplink.uplink", "Uplink._settle", "after"),
+    "delivery about to be written down": ("agent.uplink.settling", "Settling._begin", "after"),
+    "delivery written down": ("agent.uplink.settling", "Settling._settle", "after"),
     "sweep": ("agent.store.ledger", "Ledger.sweep", "after"),
     "status written": ("agent.status", "write", "before"),
 }

@@ -1,12 +1,13 @@
 import asyncio
+import contextlib
 import threading
 
 import pytest
-from ledger_samples import delivered, numbers, opened, store
+from ledger_samples import NOW, delivered, numbers, opened, store
 
-from agent.errors import LedgerCorruptError, LedgerError, LedgerStalledError
+from agent.errors import LedgerCorruptError, LedgerEntryError, LedgerError, LedgerStalledError
 from agent.store.committer import CommitOptions, Committer
-from agent.store.entries import SweepResult
+from agent.store.entries import Rejected, SweepResult, Withdrawn
 
 
 @pytest.fixture
@@ -32,9 +33,9 @@ class Disk:
 
     def commit(self, entries):
         assert self.gate.wait(10)
-        if self.error is not None and any(self.refuses(entry) for entry in entries):
+        if (error := self.error) is not None and any(self.refuses(entry) for entry in entries):
             self.loop.call_soon_threadsafe(self.refused.set)
-            raise self.error
+            raise error
         self.transactions.append(len(entries))
         self._commit(entries)
 
@@ -106,6 +107,97 @@ async def test_stores_wait_for_a_full_disk_while_deliveries_go_on(ledger):
         spooled = await committer.call(lambda ledger: ledger.pending("cn", limit=10))
     assert numbers(spooled) == [2, 3, 4, 5]
     assert ledger.counts().conserved
+
+
+@contextlib.asynccontextmanager
+async def waiting_for_company(committer, *entries):
+    """Within it these entries are submitted, and nothing has been written for a while."""
+    task = asyncio.create_task(committer.submit(*entries))
+    await asyncio.sleep(0.05)
+    assert not task.done()
+    async with asyncio.timeout(5):
+        yield task
+        await task
+
+
+async def test_deliveries_alone_wait_for_the_transaction_of_the_next_store(ledger):
+    ledger.commit([store(1), store(2)])
+    disk = Disk(ledger)
+    async with Committer(ledger, CommitOptions(company_s=3600)) as committer:
+        async with waiting_for_company(committer, delivered(1), delivered(2)):
+            await committer.submit(store(3))
+        assert disk.transactions == [3]
+    assert (ledger.counts().delivered, ledger.counts().pending) == (2, 1)
+
+
+async def test_deliveries_wait_for_company_no_longer_than_they_may(ledger):
+    ledger.commit([store(1), store(2)])
+    disk = Disk(ledger)
+    async with Committer(ledger, CommitOptions(company_s=0.2)) as committer:
+        async with waiting_for_company(committer, delivered(1)):
+            await asyncio.sleep(0.1)
+            await committer.submit(delivered(2))
+        assert disk.transactions == [2]
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [Rejected(id="id-2", endpoint="cn", code=0x99, time_ns=NOW), Withdrawn(id="id-2", reason="policy", time_ns=NOW)],
+)
+async def test_other_ending_waits_for_nobody_and_takes_deliveries_along(ledger, ending):
+    ledger.commit([store(1), store(2)])
+    disk = Disk(ledger)
+    async with Committer(ledger, CommitOptions(company_s=3600)) as committer:
+        async with waiting_for_company(committer, delivered(1)):
+            await committer.submit(ending)
+        assert disk.transactions == [2]
+
+
+async def test_no_delivery_waits_for_company_while_somebody_is_in_a_hurry(ledger):
+    ledger.commit([store(1), store(2), store(3)])
+    async with Committer(ledger, CommitOptions(company_s=3600)) as committer:
+        async with waiting_for_company(committer, delivered(1)):
+            with committer.hurried():
+                await committer.submit(delivered(2))
+        async with waiting_for_company(committer, delivered(3)) as task:
+            with committer.hurried():
+                await task
+
+
+async def test_full_transaction_of_deliveries_waits_for_nobody(ledger):
+    ledger.commit([store(n) for n in range(4)])
+    disk = Disk(ledger)
+    async with Committer(ledger, CommitOptions(max_entries=4, company_s=3600)) as committer, asyncio.timeout(5):
+        await committer.submit(*(delivered(n) for n in range(4)))
+    assert disk.transactions == [4]
+
+
+async def test_deliveries_that_wait_for_company_are_written_when_the_block_ends(ledger):
+    ledger.commit([store(1)])
+    async with Committer(ledger, CommitOptions(company_s=3600)) as committer:
+        task = asyncio.create_task(committer.submit(delivered(1)))
+        await asyncio.sleep(0.05)
+    await task
+    assert ledger.counts().delivered == 1
+
+
+async def test_deliveries_on_a_failing_disk_are_tried_again_without_company(ledger):
+    ledger.commit([store(1)])
+    disk = Disk(ledger)
+    disk.error = LedgerStalledError("disk full")
+    async with Committer(ledger, CommitOptions(company_s=0.02, retry_s=0.02)) as committer, asyncio.timeout(5):
+        task = asyncio.create_task(committer.submit(delivered(1)))
+        await disk.refused.wait()
+        disk.error = None
+        await task
+
+
+async def test_submission_of_many_tells_the_first_error_once_all_are_settled(ledger):
+    async with Committer(ledger, CommitOptions(max_entries=2)) as committer:
+        with pytest.raises(LedgerEntryError):
+            await committer.submit(store(1), store(1), store(2), store(3), store(4))
+        assert ledger.counts().pending == 4
+        await committer.submit()
 
 
 async def test_damaged_ledger_fails_everyone_at_once_and_from_then_on(ledger):

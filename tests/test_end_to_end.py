@@ -109,6 +109,7 @@ async def test_bad_input_is_refused_with_a_counted_reason_and_acknowledged(tmp_p
         it.telemetry(1)
         await it.until(lambda: it.numbers("cn") == [1])
         await it.until(lambda: it.status()["fixes"]["malformed"] == 2)
+        await it.until(lambda: it.counts()["delivered"])
         counts = it.counts()
         assert counts["conserved"]
         assert counts["pending"] == counts["held"] == 0

@@ -167,5 +167,6 @@ async def test_message_that_waited_across_a_border_goes_to_no_wrong_region(tmp_p
         it.drive(south)
         it.telemetry(2)
         await it.until(lambda: it.numbers("hk") == [2])
+        await it.until(lambda: it.counts()["delivered"])
         counts = it.counts()
         assert (counts["held"], counts["delivered"], counts["conserved"]) == (10, 1, True)

@@ -197,11 +197,12 @@ class dying:  # noqa: N801 - reads as a verb
         self.committer, self.left, self.submit = committer, allowed, committer.submit
 
     def __enter__(self):
-        async def submit(entry):
-            if self.left <= 0:
-                raise CrashError
-            self.left -= 1
-            await self.submit(entry)
+        async def submit(*entries):
+            for entry in entries:
+                if self.left <= 0:
+                    raise CrashError
+                self.left -= 1
+                await self.submit(entry)
 
         self.committer.submit = submit
 

@@ -53,6 +53,38 @@ async def test_record_leaves_the_ledger_only_after_the_puback(endpoint, patience
         await it.until(lambda: it.counts.delivered == 1)
 
 
+async def test_record_whose_delivery_is_not_durable_yet_is_sent_once_and_written_down_with_the_next_store(
+    endpoint, patience
+):
+    endpoint.on_publish = lambda session, publish: session.puback(publish.mid)
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, company_s=3600) as it:
+        await it.store([1])
+        it.start()
+        await it.until(lambda: endpoint.published and not it.uplinks["a"].in_flight)
+        it.board.wake(["a"])
+        await asyncio.sleep(0.1)
+        assert (numbers(endpoint), it.board.claimed, it.counts.pending) == ([1], {"id-1"}, 1)
+        await it.store([2])
+        await it.until(lambda: it.counts.delivered == 1)
+        await it.until(lambda: len(endpoint.published) == 2 and not it.uplinks["a"].in_flight)
+        assert (numbers(endpoint), it.board.claimed) == ([1, 2], {"id-2"})
+
+
+async def test_delivery_is_durable_once_the_connection_is_lost_or_the_uplink_has_ended(endpoint, patience):
+    endpoint.on_publish = lambda session, publish: session.puback(publish.mid)
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, company_s=3600) as it:
+        await it.store([1])
+        it.start()
+        await it.until(lambda: endpoint.published and not it.uplinks["a"].in_flight)
+        endpoint.session.abort()
+        await it.until(lambda: it.counts.delivered == 1)
+        await it.store([2])
+        await it.until(lambda: len(endpoint.published) == 2 and not it.uplinks["a"].in_flight)
+        await it.uplinks["a"].drain()
+        await it.stop()
+        assert (it.counts.delivered, it.board.claimed) == (2, set())
+
+
 async def test_records_in_flight_when_the_connection_breaks_are_sent_again_on_the_next(endpoint, patience):
     endpoint.on_publish = silent
     async with asyncio.timeout(patience), bench({"a": endpoint.port}) as it:

@@ -92,7 +92,7 @@ class Resolver:
         claimed = {record.id for record, _ in changes}
         board.claimed.update(claimed)  # no uplink begins with a record whose decision is under way
         try:
-            await asyncio.gather(*(self._inward.committer.submit(entry) for _, entry in changes))
+            await self._inward.committer.submit(*(entry for _, entry in changes))
         finally:
             board.claimed.difference_update(claimed)
         for _, entry in changes:

@@ -6,14 +6,15 @@ Invariants
   that stores that wait for disk space never hold back the deliveries that make it.
 - While the disk is full or failing, entries stay queued in their order and are tried again; nobody is told otherwise.
 - All calls of the ledger, reads included, run on the one thread.
+- Deliveries alone wait up to `company_s` for a transaction that is made anyway, such as the next store's. A crash
+  meanwhile makes their records go out again, so they wait no longer, and not at all while somebody is in a hurry.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,6 +23,7 @@ from typing import Self, TypeVar
 from agent.errors import LedgerCorruptError, LedgerEntryError, LedgerError, LedgerStalledError
 from agent.store.entries import MIB, Delivered, Entry, Redecided, Rejected, Released, Store, SweepResult, Withdrawn
 from agent.store.ledger import Ledger
+from agent.store.queue import Queue, Submission, Waiting
 
 ENTRY_BYTES = 256  # what an entry without an envelope counts
 QUIET_SHARE = 5  # when nobody came for this part of the delay, nobody is expected: most wait for their own commit
@@ -31,7 +33,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitOptions:
-    """Bounds of one transaction (entries, bytes, delay) and of each queue (entries, bytes); pause before a retry."""
+    """Bounds of one transaction (entries, bytes, delay) and of each queue (entries, bytes); pause before a retry.
+
+    `company_s`: how long deliveries may wait for a transaction that something else needs.
+    """
 
     max_entries: int = 256
     max_bytes: int = 4 * MIB
@@ -39,94 +44,7 @@ class CommitOptions:
     queue_entries: int = 1024
     queue_bytes: int = 16 * MIB
     retry_s: float = 1.0
-
-
-class _Queue:
-    """Entries that wait or are being written, bounded by number and bytes; `closed`: no more, and why."""
-
-    def __init__(self, max_entries: int, max_bytes: int) -> None:
-        self._max_entries = max_entries
-        self._max_bytes = max_bytes
-        self._entries = 0
-        self._bytes = 0
-        self._room = asyncio.Condition()
-        self._asking = 0  # who waits for room
-        self.waiting: deque[_Waiting] = deque()
-        self.waiting_bytes = 0
-        self.stalled: str | None = None
-        self.not_before = 0.0
-        self.closed: LedgerError | None = None
-
-    async def put(self, waiting: _Waiting) -> None:
-        """Append when there is room, in order; an entry above the bound on bytes waits until it is alone."""
-        if not self._asking and not self.closed and self._has_room(waiting.size):
-            self._append(waiting)
-            return
-        self._asking += 1
-        try:
-            async with self._room:
-                await self._room.wait_for(lambda: self.closed or self._has_room(waiting.size))
-                if self.closed:
-                    raise self.closed
-                self._append(waiting)
-        finally:
-            self._asking -= 1
-
-    def _append(self, waiting: _Waiting) -> None:
-        self._entries += 1
-        self._bytes += waiting.size
-        self.waiting.append(waiting)
-        self.waiting_bytes += waiting.size
-
-    def _has_room(self, size: int) -> bool:
-        return self._entries < self._max_entries and (not self._entries or self._bytes + size <= self._max_bytes)
-
-    async def close(self, error: LedgerError) -> None:
-        """Fail everything that waits, and everyone who waits for room."""
-        self.closed = self.closed or error
-        await self.settle(self.take(self.waiting_bytes, len(self.waiting)), error)
-
-    def take(self, room: int, entries: int) -> list[_Waiting]:
-        """The next entries within `room` bytes, and at least one; at most `entries`."""
-        taken: list[_Waiting] = []
-        while self.waiting and len(taken) < entries and (not taken or self.waiting[0].size <= room):
-            taken.append(self.waiting.popleft())
-            room -= taken[-1].size
-            self.waiting_bytes -= taken[-1].size
-        return taken
-
-    def put_back(self, taken: list[_Waiting], why: str, not_before: float) -> None:
-        """Back to the head, in order, to be tried again later."""
-        self.waiting.extendleft(reversed(taken))
-        self.waiting_bytes += sum(waiting.size for waiting in taken)
-        self.stalled, self.not_before = why, not_before
-
-    async def settle(self, taken: list[_Waiting], error: LedgerError | None = None) -> None:
-        """Tell the submitters, make room for others."""
-        for waiting in taken:
-            if waiting.done.cancelled():
-                continue
-            if error is None:
-                waiting.done.set_result(None)
-            else:
-                waiting.done.set_exception(error)
-        if error is None:
-            self.stalled = None
-        self._entries -= len(taken)
-        self._bytes -= sum(waiting.size for waiting in taken)
-        if self._asking:
-            async with self._room:
-                self._room.notify_all()
-
-
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    """One entry, its size, and who waits for it."""
-
-    entry: Entry
-    size: int
-    done: asyncio.Future[None]
-    queue: _Queue
+    company_s: float = 1.0
 
 
 def _size(entry: Entry) -> int:
@@ -142,8 +60,10 @@ class Committer:
         self._ledger = ledger
         self._options = options
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
-        self._endings, self._stores = (_Queue(options.queue_entries, options.queue_bytes) for _ in range(2))
+        self._endings, self._stores = (Queue(options.queue_entries, options.queue_bytes) for _ in range(2))
         self._wake = asyncio.Event()
+        self._alone_at = 0.0  # when the deliveries that wait have waited long enough for company
+        self._hurried = 0
         self._closing = False
         self._sweep_stalled: str | None = None
         self._task: asyncio.Task[None] | None = None
@@ -175,17 +95,50 @@ class Committer:
         finally:
             self._thread.shutdown()
 
-    async def submit(self, entry: Entry) -> None:
-        """Return when the entry is durable.
+    async def submit(self, *entries: Entry) -> None:
+        """Return when the entries are durable, which need not be in one transaction.
 
-        LedgerError: the entry contradicts the ledger, or the ledger is damaged or closed; nothing of it was kept.
+        LedgerError: an entry contradicts the ledger, or the ledger is damaged or closed; nothing of it was kept.
         Cancelling is safe: an entry that is not queued yet is forgotten, one that is queued may still be committed.
         """
-        queue = self._endings if isinstance(entry, Delivered | Rejected | Withdrawn) else self._stores
-        waiting = _Waiting(entry, _size(entry), asyncio.get_running_loop().create_future(), queue)
-        await queue.put(waiting)
+        if not entries:
+            return
+        submission = Submission(len(entries), asyncio.get_running_loop().create_future())
+        try:
+            for entry in entries:
+                queue = self._endings if isinstance(entry, Delivered | Rejected | Withdrawn) else self._stores
+                await queue.put(Waiting(entry, _size(entry), submission, queue))
+                self._came(entry)
+            await submission.done
+        finally:
+            submission.done.cancel()
+
+    def _came(self, entry: Entry) -> None:
+        """Wake the loop where an entry is due, or is the first to wait for company."""
+        now = asyncio.get_running_loop().time()
+        if isinstance(entry, Delivered):
+            first = len(self._endings.waiting) == 1
+            self._alone_at = now + self._options.company_s if first else self._alone_at
+            if not first and self._patient():
+                return
+        elif isinstance(entry, Rejected | Withdrawn):
+            self._alone_at = now
         self._wake.set()
-        await waiting.done
+
+    def _patient(self) -> bool:
+        """Whether nothing waits but deliveries, which may wait on."""
+        needed = self._stores.waiting or self._hurried or self._closing or self._full()
+        return not needed and asyncio.get_running_loop().time() < self._alone_at
+
+    @contextlib.contextmanager
+    def hurried(self) -> Iterator[None]:
+        """While the block runs, deliveries wait for no company."""
+        self._hurried += 1
+        self._wake.set()
+        try:
+            yield
+        finally:
+            self._hurried -= 1
 
     async def call(self, function: Callable[[Ledger], Result]) -> Result:
         """Run a function on the ledger's thread, after what was handed to it before. Cancelling does not stop it.
@@ -216,8 +169,10 @@ class Committer:
         finally:
             await self._close(LedgerError(f"the ledger was closed: {self.stalled}"))
 
-    def _ready(self) -> list[_Queue]:
-        """Queues that may be tried now, endings first."""
+    def _ready(self) -> list[Queue]:
+        """Queues that may be tried now, endings first; none while all that waits is patient."""
+        if self._patient():
+            return []
         now = asyncio.get_running_loop().time()
         return [queue for queue in (self._endings, self._stores) if queue.waiting and queue.not_before <= now]
 
@@ -227,11 +182,15 @@ class Committer:
             if self._closing:
                 return False
             self._wake.clear()
-            retry_at = min((queue.not_before for queue in (self._endings, self._stores) if queue.waiting), default=None)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(retry_at):
+                async with asyncio.timeout_at(self._next_at()):
                     await self._wake.wait()
         return True
+
+    def _next_at(self) -> float | None:
+        """When time alone will make a queue ready; None: it will not."""
+        moments = [queue.not_before for queue in (self._endings, self._stores) if queue.waiting]
+        return max(min(moments), self._alone_at if self._patient() else 0.0) if moments else None
 
     async def _gather(self) -> None:
         """Let others join the transaction, up to its bounds, for as long as they keep coming."""
@@ -248,9 +207,9 @@ class Committer:
         size = self._endings.waiting_bytes + self._stores.waiting_bytes
         return entries >= self._options.max_entries or size >= self._options.max_bytes
 
-    def _take(self) -> list[_Waiting]:
+    def _take(self) -> list[Waiting]:
         """The next transaction: at least one entry, within the bounds."""
-        taken: list[_Waiting] = []
+        taken: list[Waiting] = []
         for queue in self._ready():
             room = self._options.max_bytes - sum(waiting.size for waiting in taken)
             entries = self._options.max_entries - len(taken)
@@ -258,7 +217,7 @@ class Committer:
                 taken += queue.take(room, entries)
         return taken
 
-    async def _write(self, batch: list[_Waiting]) -> None:
+    async def _write(self, batch: list[Waiting]) -> None:
         """Write a transaction; an entry that contradicts the ledger fails alone, what stalls is put back."""
         while batch:
             entries = [waiting.entry for waiting in batch]
@@ -280,7 +239,7 @@ class Committer:
                 await self._settle(batch)
                 return
 
-    def _put_back(self, batch: list[_Waiting], why: str) -> list[_Waiting]:
+    def _put_back(self, batch: list[Waiting], why: str) -> list[Waiting]:
         """Put the stores back, or the endings when they stalled alone; what to try at once."""
         not_before = asyncio.get_running_loop().time() + self._options.retry_s
         endings = [waiting for waiting in batch if waiting.queue is self._endings]
@@ -291,7 +250,7 @@ class Committer:
         self._endings.put_back(endings, why, not_before)
         return []
 
-    async def _settle(self, batch: list[_Waiting], error: LedgerError | None = None) -> None:
+    async def _settle(self, batch: list[Waiting], error: LedgerError | None = None) -> None:
         for queue in (self._endings, self._stores):
             if own := [waiting for waiting in batch if waiting.queue is queue]:
                 await queue.settle(own, error)

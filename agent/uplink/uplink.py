@@ -32,12 +32,13 @@ from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Puback, Session
 from agent.policy import Policy
 from agent.store.committer import Committer
-from agent.store.entries import Delivered, Entry, Redecided, Rejected, Withdrawn
+from agent.store.entries import Delivered, Ending, Entry, Redecided, Rejected, Withdrawn
 from agent.uplink.egress import PeerRules, dial
 from agent.uplink.flights import Flight, Flights
 from agent.uplink.outlet import Outlet
 from agent.uplink.patience import Patience
 from agent.uplink.presence import Presence, PresenceOptions
+from agent.uplink.settling import Settling
 from agent.uplink.shares import Shares
 from agent.uplink.supply import Supply
 from agent.uplink.tls import Shown
@@ -105,10 +106,9 @@ class Uplink:
         self._board = board
         self._flights = Flights()
         self._patience = Patience(random.random)
-        self._settling: set[asyncio.Task[None]] = set()
         self._wake = board.stored.setdefault(options.name, asyncio.Event())
+        self._settling = Settling(options.name, committer, board, self._wake.set)
         self._attempts = itertools.count()
-        self._broken: LedgerError | None = None
         self._draining = False
         self._renewing = False
         self._idle = asyncio.Event()
@@ -149,7 +149,7 @@ class Uplink:
                 self._fail(str(exc) or type(exc).__name__)
             finally:
                 self.connected = False
-                await asyncio.gather(*self._settling, return_exceptions=True)
+                await self._settling.finish()
             if time.monotonic() - started > STABLE_SECONDS:
                 waits = delays(random.random)
             await asyncio.sleep(next(waits))
@@ -307,27 +307,17 @@ class Uplink:
             self._board.down.add(self.options.name)
             self._board.wake(record.route)
         self._wake.set()
-        task = asyncio.create_task(self._settle(record, puback), name=f"settle-{self.options.name}")
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
+        self._settling.add(record.id, self._answer(record, puback))
 
-    async def _settle(self, record: Record, puback: Puback) -> None:
-        """Write down what the endpoint said; only then may another uplink look at the record."""
+    def _answer(self, record: Record, puback: Puback) -> Ending | None:
+        """What the ledger is told; None: the record stays pending."""
         name, now_ns = self.options.name, time.time_ns()
-        entry: Entry | None = None
         if puback.accepted:
             self.delivered.observe((now_ns - record.recorded_ns) / SECOND)
-            entry = Delivered(id=record.id, endpoint=name, code=puback.code, time_ns=now_ns)
-        elif puback.code not in RETRY_LATER:
-            entry = Rejected(id=record.id, endpoint=name, code=puback.code, time_ns=now_ns)
-        try:
-            if entry is not None:
-                await self._committer.submit(entry)
-        except LedgerError as exc:
-            self._broken = exc
-        else:
-            self._board.claimed.discard(record.id)
-        self._wake.set()
+            return Delivered(id=record.id, endpoint=name, code=puback.code, time_ns=now_ns)
+        if puback.code in RETRY_LATER:
+            return None
+        return Rejected(id=record.id, endpoint=name, code=puback.code, time_ns=now_ns)
 
     async def _wait(self, shares: Shares) -> None:
         """Wait for news, at most until the next thing that only time brings."""
@@ -340,8 +330,8 @@ class Uplink:
         """Raise the reason to give the connection up, if there is one."""
         if self._renewing and not self._flights:
             raise _RenewalError("renewed")
-        if self._broken is not None:
-            raise self._broken
+        if self._settling.broken is not None:
+            raise self._settling.broken
         stuck = self._flights.stuck(time.monotonic(), connection.acknowledged(), self.options.ack_timeout_s)
         if stuck is not None:
             raise EndpointError(stuck)

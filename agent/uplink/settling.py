@@ -1,0 +1,57 @@
+"""What an endpoint said of records, on its way into the ledger.
+
+Invariants
+- A record stays claimed until what was said of it is durable: no uplink sends it a second time meanwhile.
+- All that is said in one turn of the loop is handed over at once; it waits in the committer for company.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from agent.board import Board
+from agent.errors import LedgerError
+from agent.store.committer import Committer
+from agent.store.entries import Ending
+
+
+class Settling:
+    """One endpoint's answers. `told` is called whenever some are durable, or failed; `broken` says why they did."""
+
+    def __init__(self, name: str, committer: Committer, board: Board, told: Callable[[], None]) -> None:
+        self.broken: LedgerError | None = None
+        self._name = name
+        self._committer = committer
+        self._board = board
+        self._told = told
+        self._answers: list[tuple[str, Ending | None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def add(self, record: str, answer: Ending | None) -> None:
+        """Write down an answer; None: there is nothing to write down, the record is free."""
+        if not self._answers:
+            asyncio.get_running_loop().call_soon(self._begin)
+        self._answers.append((record, answer))
+
+    async def finish(self) -> None:
+        """Return when all that was said is durable, or failed; it waits for no company."""
+        self._begin()
+        with self._committer.hurried():
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _begin(self) -> None:
+        if self._answers:
+            task = asyncio.create_task(self._settle(self._answers), name=f"settle-{self._name}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            self._answers = []
+
+    async def _settle(self, answers: list[tuple[str, Ending | None]]) -> None:
+        try:
+            await self._committer.submit(*(answer for _, answer in answers if answer is not None))
+        except LedgerError as exc:
+            self.broken = exc
+        else:
+            self._board.claimed.difference_update(record for record, _ in answers)
+        self._told()
