@@ -145,9 +145,9 @@ class Pipeline:
         discs = self.positions.discs(capture)
         if not discs:
             return self.policy.everywhere
-        near = [self.borders.countries_near(disc.latitude, disc.longitude, disc.radius_m) for disc in discs]
-        sets = [set(self.policy.regions_of(countries)) for countries in near]
-        return tuple(sorted(sets[0].intersection(*sets[1:]))) or self.policy.everywhere
+        near = (self.borders.countries_near(disc.latitude, disc.longitude, disc.radius_m) for disc in discs)
+        first, *others = (self.policy.regions_of(countries) for countries in near)
+        return (tuple(sorted(set(first).intersection(*others))) if others else first) or self.policy.everywhere
 
     def _decide(self, data_class: str, whereabouts: Whereabouts) -> Decision:
         return self.policy.decide(data_class, whereabouts, self.identity.registration)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from agent import topics
 from agent.errors import ConfigError, InvalidConfigError
-from agent.messages import Decision, Hold, Publish, Record, Refuse, Whereabouts
+from agent.messages import Basis, Decision, Hold, Publish, Record, Refuse, Whereabouts
 from agent.payloads.fields import SHORTEST_KEY
 from agent.settings.field_config import field_rules
 from agent.settings.policy_config import DataClass, Endpoint, PolicyConfig, Rule
@@ -66,6 +66,7 @@ class Policy:
         }
         self.rule_for = lru_cache(_TOPICS_REMEMBERED)(self._rule_for)
         self.permitted = lru_cache(_TOPICS_REMEMBERED)(self._permitted)
+        self._verdict = lru_cache(_TOPICS_REMEMBERED)(self._verdict_of)
 
     @property
     def endpoints(self) -> Mapping[str, Endpoint]:
@@ -122,11 +123,19 @@ class Policy:
         It keeps the class that it carries, and that one's order of endpoints. Where the rule of its topic now gives
         another class, both must permit.
         """
-        rule = self.rule_for(record.topic)
+        return self._verdict(record.topic, record.data_class, whereabouts.regions, whereabouts.basis, registration)
+
+    def _verdict_of(
+        self, topic: str, data_class: str, regions: tuple[str, ...], basis: Basis, registration: str
+    ) -> Decision:
+        """`again` by all that it depends on: records on the same topic from the same place are decided once."""
+        rule = self.rule_for(topic)
         if rule is None or rule.action == "refuse":
             return Refuse(reason="policy.no-rule" if rule is None else "policy.refused")
-        classes = dict.fromkeys((record.data_class, rule.data_class))
-        decisions = [self.decide(name, whereabouts, registration) for name in classes]
+        whereabouts = Whereabouts(regions=regions, basis=basis)
+        decisions = [
+            self.decide(name, whereabouts, registration) for name in dict.fromkeys((data_class, rule.data_class))
+        ]
         for kind in (Refuse, Hold):
             found = next((decision for decision in decisions if isinstance(decision, kind)), None)
             if found is not None:
@@ -137,8 +146,7 @@ class Policy:
 
     def clear(self, record: Record, endpoint: str, registration: str = "") -> Cleared | None:
         """Check a record again at the last line before it is published: Cleared, or None if it must not go."""
-        whereabouts = Whereabouts(regions=record.regions, basis=record.basis)
-        decision = self.again(record, whereabouts, registration)
+        decision = self._verdict(record.topic, record.data_class, record.regions, record.basis, registration)
         if not isinstance(decision, Publish) or endpoint not in decision.endpoints:
             return None
         return Cleared(record=record, endpoint=endpoint, seal=_SEAL)

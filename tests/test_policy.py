@@ -105,6 +105,29 @@ def test_the_last_line_clears_exactly_what_every_candidate_permits(permit, regio
         assert (cleared.record.regions, cleared.endpoint) == (regions, endpoint)
 
 
+@given(
+    permits,
+    st.lists(
+        st.tuples(
+            candidates,
+            st.sampled_from(["data", "other"]),
+            st.sampled_from(["secret", "open"]),
+            st.sampled_from(ENDPOINTS),
+            countries,
+        ),
+        max_size=10,
+    ),
+)
+def test_what_was_decided_about_one_record_is_remembered_for_no_other(permit, asked):
+    classes = {"data": DataClass(), "other": DataClass(registration_bound=True)}
+    rules = [Rule(topic="secret", action="refuse"), EVERYTHING]
+    policy = policy_of(permit, rules=rules, classes=classes)
+    for regions, data_class, topic, endpoint, registration in asked:
+        fresh = policy_of(permit, rules=rules, classes=classes)
+        one = record(regions, data_class, topic)
+        assert policy.clear(one, endpoint, registration) == fresh.clear(one, endpoint, registration)
+
+
 @pytest.mark.parametrize("own", [f"class-{number}" for number in range(8)])
 def test_stored_record_of_two_classes_keeps_the_order_of_its_own(own):
     classes = {own: DataClass(), "data": DataClass()}

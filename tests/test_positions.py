@@ -445,3 +445,13 @@ def test_the_wall_clock_watch_forgets_steps_after_its_window():
     assert clock.observe(NOW + 10 * S + 3600 * S, 10 * S) == 3600 * S
     assert clock.observe(NOW + 100 * S + 3600 * S, 100 * S) == 3600 * S
     assert clock.observe(NOW + 400 * S + 3600 * S, 400 * S) == 0
+
+
+@given(seen=st.lists(st.tuples(st.integers(0, 40), st.sampled_from((0, 0, 1, 2, 50, -3))), min_size=1, max_size=40))
+def test_the_wall_clock_watch_knows_the_widest_step_of_the_last_sixteen_spans(seen):
+    clock, readings, now = WallClock(window_ns=160 * S), [], 0
+    for later, offset in seen:
+        now += later * S
+        readings.append((now // (10 * S), offset * S))
+        recent = [offset for span, offset in readings if span >= now // (10 * S) - 16]
+        assert clock.observe(NOW + now + offset * S, now) == max(recent) - min(recent)

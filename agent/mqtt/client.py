@@ -51,6 +51,7 @@ class DirectClient(Client):
         self.on_puback: Callable[[int, int], None] = lambda _mid, _code: None
         self._ahead, self._taken = bytearray(), 0
         self._unsent = bytearray()
+        self.writes = 0  # to the socket so far
 
     @property
     def has_packet(self) -> bool:
@@ -139,6 +140,7 @@ class DirectClient(Client):
 
     def _flush(self) -> None:
         while self._unsent:
+            self.writes += 1
             sent = super()._sock_send(self._unsent)
             del self._unsent[:sent]
 

@@ -61,6 +61,7 @@ class Connection:
         self._pubacks: dict[int, asyncio.Future[Puback]] = {}
         self._subacks: dict[int, asyncio.Future[list[ReasonCode]]] = {}
         self._misc: asyncio.Task[None] | None = None
+        self._handed = (0, 0)  # bytes that the kernel has been given, and after how many writes
         self.closed: asyncio.Future[str] = self._loop.create_future()
         self.receive_maximum = 65_535
         self.maximum_packet_size: int | None = None
@@ -155,8 +156,12 @@ class Connection:
 
     def goal(self) -> int:
         """What `acknowledged` must reach until the peer's TCP has all that was published so far."""
-        gauge = self._transport.gauge
-        return gauge.goal() + self.unsent if gauge is not None else 0
+        gauge, writes = self._transport.gauge, self._client.writes
+        if gauge is None:
+            return 0
+        if self._handed[0] != writes:
+            self._handed = (writes, gauge.goal())
+        return self._handed[1] + self.unsent
 
     def acknowledged(self) -> int:
         """Bytes that the peer's TCP has taken so far: a sign of life while a large record is under way."""

@@ -100,7 +100,9 @@ class PositionHistory:
         enough = self._limits.confirmations
         if track.weight(*self._window(capture), enough) < enough:
             return ()
-        return discs if around[0].agrees(around[-1], self._limits.max_speed_mps) else _disc_around(discs)
+        if len(discs) == 1 or around[0].agrees(around[-1], self._limits.max_speed_mps):
+            return discs
+        return _disc_around(discs)
 
     def _sighting(self, fix: Fix) -> Sighting:
         limits = self._limits
@@ -203,18 +205,23 @@ class WallClock:
     def __init__(self, window_ns: int = 600 * SECOND_NS) -> None:
         self._window_ns = window_ns
         self._spans: deque[tuple[int, int, int]] = deque(maxlen=17)
+        self._step_ns = 0
 
     def observe(self, received_ns: int, monotonic_ns: int) -> int:
         """Take a pair of readings in; returns the largest step in ns within the window before them."""
         offset = received_ns - monotonic_ns
         span = monotonic_ns * 16 // self._window_ns
         if self._spans and self._spans[-1][0] == span:
-            _, low, high = self._spans.pop()
+            _, low, high = self._spans[-1]
+            if low <= offset <= high:
+                return self._step_ns  # nothing new since the last call
+            self._spans.pop()
             self._spans.append((span, min(low, offset), max(high, offset)))
         else:
             self._spans.append((span, offset, offset))
         recent = [entry for entry in self._spans if entry[0] >= span - 16]
-        return max(high for _, _, high in recent) - min(low for _, low, _ in recent)
+        self._step_ns = max(high for _, _, high in recent) - min(low for _, low, _ in recent)
+        return self._step_ns
 
 
 def capture_of(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import islice
 from operator import attrgetter
 
 from agent.places.geodesy import Place, at_least_m
@@ -81,10 +80,8 @@ class Track:
     def around(self, moment_ns: int, doubt_ns: int, age_ns: int, speed_mps: float) -> tuple[Sighting, ...]:
         """The sighting that says most about the moment from before it, and from after it: none, one or two."""
         at = self._after(moment_ns)
-        earlier = islice(reversed(self._sightings[max(0, at - LOOKED_AT) : at]), LOOKED_AT)
-        sides: tuple[Iterable[Sighting], ...] = (earlier, islice(self._sightings, at, at + LOOKED_AT))
-        usable = ((s for s in side if s.apart_ns(moment_ns, doubt_ns) <= age_ns) for side in sides)
-        best = (_best(side, moment_ns, doubt_ns, speed_mps) for side in usable)
+        earlier, later = self._sightings[max(0, at - LOOKED_AT) : at], self._sightings[at : at + LOOKED_AT]
+        best = [_best(side, moment_ns, doubt_ns, age_ns, speed_mps) for side in (reversed(earlier), later)]
         return tuple(sighting for sighting in best if sighting is not None)
 
     def thin(self, gap_ns: int) -> None:
@@ -97,17 +94,21 @@ class Track:
         del self._sightings[: self._after(until_ns)]
 
     def _from(self, moment_ns: int) -> int:
-        return bisect_left(self._sightings, moment_ns, key=_moment)
+        return 0 if self.first_ns >= moment_ns else bisect_left(self._sightings, moment_ns, key=_moment)
 
     def _after(self, moment_ns: int) -> int:
+        if self.last_ns <= moment_ns:
+            return len(self._sightings)
         return bisect_right(self._sightings, moment_ns, key=_moment)
 
 
-def _best(side: Iterable[Sighting], moment_ns: int, doubt_ns: int, speed_mps: float) -> Sighting | None:
-    """The sighting with the smallest reach; `side` goes away from the moment."""
+def _best(side: Iterable[Sighting], moment_ns: int, doubt_ns: int, age_ns: int, speed_mps: float) -> Sighting | None:
+    """The sighting with the smallest reach, among those within `age_ns`; `side` goes away from the moment."""
     best: Sighting | None = None
     best_m = float("inf")
     for sighting in side:
+        if sighting.apart_ns(moment_ns, doubt_ns) > age_ns:
+            continue
         if speed_mps * abs(moment_ns - sighting.monotonic_ns) / SECOND_NS >= best_m:
             break
         reach_m = sighting.reach_m(moment_ns, doubt_ns, speed_mps)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from agent.errors import EnvelopeError
 from agent.topics import MAX_TOPIC_BYTES
@@ -45,8 +46,13 @@ def topic(template: str, attributes: Attributes, vehicle: str) -> str:
 
 def topic_of(template: str, found: Mapping[str, str], vehicle: str) -> str:
     """As `topic`, from the attributes as text."""
-    values = {placeholder: found.get(name, "") for placeholder, name in _ATTRIBUTES.items()}
-    return _filled(template, {**values, "vehicle": vehicle})
+    return _topic_of(template, vehicle, *(found.get(name, "") for name in _ATTRIBUTES.values()))
+
+
+@lru_cache(maxsize=256)
+def _topic_of(template: str, vehicle: str, *found: str) -> str:
+    """As `topic_of`, from the values in the order of `_ATTRIBUTES`: records come on few topics."""
+    return _filled(template, {**dict(zip(_ATTRIBUTES, found, strict=True)), "vehicle": vehicle})
 
 
 def vehicle_topic(template: str, vehicle: str) -> str:
