@@ -74,12 +74,12 @@ def expected(plate: Plate, text: str, fill: Fill, kind: str) -> np.ndarray:
         Image.fromarray(pixels).save(source, kind, quality=85)
         with Image.open(source) as image:
             pixels = np.array(image.convert("RGB"))
-    grey = pixels[..., 0].copy()
-    height, width = grey.shape
+    height, width = pixels.shape[:2]
     block = (16, 16) if kind == "JPEG" else (1, 1)  # 4:2:0
     where = [whole_blocks(area, block, 0, width, height) for area in areas([plate.box()], width, height, {})]
-    paint(grey, where, fill, 0)
-    return grey.astype(float)
+    grey = Image.fromarray(pixels[..., 0].copy())
+    paint(grey, where, fill)
+    return np.asarray(grey).astype(float)
 
 
 def guess(plate: Plate, held: np.ndarray, fill: Fill, kind: str, seed: int) -> str:

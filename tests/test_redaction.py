@@ -303,8 +303,9 @@ def test_every_pixel_in_a_box_is_masked_and_every_other_one_is_untouched(corners
     boxes = [box(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in corners]
     shape = (31, 37, 3) if colour else (31, 37)
     before = np.random.default_rng(1).integers(1, 255, shape).astype(np.uint8)
-    after = before.copy()
-    paint(after, areas(boxes, 37, 31, {}), fill, (0, 0, 0) if colour else 0)
+    image = Image.fromarray(before)
+    paint(image, areas(boxes, 37, 31, {}), fill)
+    after = np.asarray(image)
     ys, xs = np.mgrid[0:31, 0:37]
     covered = np.zeros((31, 37), bool)
     for b in boxes:
@@ -317,8 +318,9 @@ def test_every_pixel_in_a_box_is_masked_and_every_other_one_is_untouched(corners
 
 @pytest.mark.parametrize("fill", [Fill.WEAKER_MOSAIC, Fill.WEAKER_BLUR])
 def test_weaker_fills_blur_what_they_cover_and_say_so_in_their_name(fill):
-    pixels = scene()
-    paint(pixels, [Area(*MARK)], fill, (0, 0, 0))
+    image = Image.fromarray(scene())
+    paint(image, [Area(*MARK)], fill)
+    pixels = np.asarray(image)
     x1, y1, x2, y2 = MARK
     assert fill.value.startswith("weaker-")
     assert pixels[y1:y2, x1:x2].std() < scene()[y1:y2, x1:x2].std() / 1.5

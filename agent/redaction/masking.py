@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from agent.errors import RefusedError
 from agent.messages import Box
@@ -21,6 +23,7 @@ from agent.pictures.formats import Fill, Margin
 
 Pixels = NDArray[np.uint8]
 
+BLACK: Final[Mapping[str, int | tuple[int, ...]]] = MappingProxyType({"L": 0, "RGB": (0, 0, 0), "YCbCr": (0, 128, 128)})
 # Shares of a person's box. Measured on 5,175 labelled heads under machine-found people, with the default margins: at
 # least nine tenths of the head lie within in 90 % (standing, street), 94 % (crowds) and 98 % (riders) of them.
 HEAD_OF_HEIGHT = 0.3  # of its height at least: a standing adult's head is 1/8 to 1/7, and it is not always upright
@@ -103,16 +106,15 @@ def whole_blocks(area: Area, block: tuple[int, int], bleed: int, width: int, hei
     )
 
 
-def paint(pixels: Pixels, where: Iterable[Area], fill: Fill, colour: int | tuple[int, ...]) -> None:
-    """Mask the areas of a picture (H, W[, C]) in place; `colour` is a pixel of the constant fill."""
-    for x1, y1, x2, y2 in where:
-        part = pixels[y1:y2, x1:x2]
+def paint(image: Image.Image, where: Iterable[Area], fill: Fill) -> None:
+    """Mask the areas of a picture of one of BLACK's modes, in place: the others are not touched, nor copied."""
+    for area in where:
         if fill is Fill.CONSTANT:
-            part[...] = colour
-        elif fill is Fill.WEAKER_MOSAIC:
-            part[...] = _mosaic(part)
-        else:
-            part[...] = _blur(part)
+            image.paste(BLACK[image.mode], area)
+            continue
+        part = np.asarray(image.crop(area))
+        weaker = _mosaic(part) if fill is Fill.WEAKER_MOSAIC else _blur(part)
+        image.paste(Image.fromarray(weaker, image.mode), area)
 
 
 def _mosaic(part: Pixels) -> Pixels:
