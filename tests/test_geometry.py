@@ -101,6 +101,14 @@ def test_cells_lie_in_the_middle_of_their_stride_row_by_row():
     assert strides.tolist() == [16] * 8 + [32] * 2
 
 
+def test_cells_of_a_size_are_made_once_and_nobody_can_change_them():
+    first, again = cell_grid(64, 32, (16, 32)), cell_grid(64, 32, (16, 32))
+    for one, other in zip(first, again, strict=True):
+        assert one is other
+        with pytest.raises(ValueError, match="read-only"):
+            one[0] = 1
+
+
 def test_distances_are_counted_in_strides_from_the_cell():
     logarithms = np.log(np.array([[1, 2, 3, 4]], np.float32))
     box = boxes_from_distances(logarithms, np.array([[100, 100]], np.float32), np.array([8], np.float32))[0]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from agent.errors import RefusedError
@@ -22,7 +23,7 @@ MAX_SCANS = 100  # an encoder writes about 10; thousands are an attack on the de
 JFIF_BODY = b"JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"  # version 1.1, square pixels, no thumbnail
 ADOBE_BODY = b"Adobe\x00\x64\x00\x00\x00\x00"  # version 100, flags 0; the transform byte follows
 
-IN_SCAN = frozenset({0x00, *range(0xD0, 0xD8)})  # what may follow 0xFF in a scan: a stuffed zero, restart markers
+AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # in a scan 0xFF stands before a stuffed zero and restart numbers
 ZIGZAG = (
     *(0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21),
     *(28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61),
@@ -106,13 +107,13 @@ def _scan(walk: _Walk, data: bytes, body: bytes, at: int) -> int:
 
 def _scan_end(data: bytes, at: int) -> int:
     """Where the next marker that belongs to no scan begins, with the fill bytes before it."""
-    while (at := data.find(b"\xff", at)) >= 0:
-        start = at
-        while data[at : at + 1] == b"\xff":
-            at += 1
-        if at < len(data) and data[at] not in IN_SCAN:
-            return start
-    raise RefusedError("picture.truncated")
+    found = AFTER_SCAN.search(data, at)
+    if found is None:
+        raise RefusedError("picture.truncated")
+    end = found.start()
+    while end > at and data[end - 1] == 0xFF:
+        end -= 1
+    return end
 
 
 def _segment(walk: _Walk, marker: int, body: bytes, limits: PictureLimits) -> None:

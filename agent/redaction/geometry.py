@@ -5,6 +5,7 @@ Boxes are float rows (x1, y1, x2, y2), half-open, in pixels of the picture that 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ Floats = NDArray[np.float32]
 
 FAR_TOP, FAR_BOTTOM = 0.3, 0.8  # shares of a picture's height between which a level camera sees far plates
 SHARED = 128  # pixels that neighbouring windows share, more than a far plate is wide
+GRIDS = 4  # input sizes whose cells are kept: a car has few cameras, and a grid of 1280x736 takes 0.2 MB
 LARGEST_LOGARITHM = 5.0  # of a distance in strides: a box side lies at most 148 strides from its cell
 
 
@@ -111,15 +113,19 @@ def cell_count(width: int, height: int, strides: Sequence[int]) -> int:
     return sum((width // stride) * (height // stride) for stride in strides)
 
 
-def cell_grid(width: int, height: int, strides: Sequence[int]) -> tuple[Floats, Floats]:
-    """Centres (n, 2) and strides (n,) of all cells: by stride as given, then row by row."""
+@functools.lru_cache(maxsize=GRIDS)
+def cell_grid(width: int, height: int, strides: tuple[int, ...]) -> tuple[Floats, Floats]:
+    """Centres (n, 2) and strides (n,) of all cells, read-only: by stride as given, then row by row."""
     centres, sizes = [], []
     for stride in strides:
         rows, columns = height // stride, width // stride
         y, x = np.mgrid[0:rows, 0:columns]
         centres.append((np.stack([x, y], axis=-1).reshape(-1, 2) + 0.5) * stride)
         sizes.append(np.full(rows * columns, stride))
-    return np.concatenate(centres).astype(np.float32), np.concatenate(sizes).astype(np.float32)
+    grid = np.concatenate(centres).astype(np.float32), np.concatenate(sizes).astype(np.float32)
+    for part in grid:
+        part.flags.writeable = False
+    return grid
 
 
 def boxes_from_distances(logarithms: Floats, centres: Floats, strides: Floats) -> Floats:
