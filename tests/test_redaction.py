@@ -248,6 +248,16 @@ def test_jpeg_of_odd_size_is_decoded_to_its_stored_samples(width, height):
     assert (found[..., 1:] == chroma).all()
 
 
+@pytest.mark.parametrize("size", [(427, 245), (320, 184), (100, 50)])
+def test_colours_that_the_detector_sees_in_a_smaller_size_lie_where_the_picture_has_them(size):
+    data = saved(street(641, 367), "JPEG", quality=90, subsampling=2)
+    found = redaction._planes(read_header(data, LIMITS)).seen(size).astype(int)
+    with Image.open(io.BytesIO(data)) as image:
+        wanted = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR)).astype(int)
+    assert found.shape == wanted.shape
+    assert psnr(found, wanted) > 30
+
+
 def with_sized_chunks(data: bytes, block: bytes, shape: tuple[int, ...]) -> bytes:
     made = bytearray(with_webp_chunks(data, 8, (b"EXIF", block)))
     made[24:27], made[27:30] = (shape[1] - 1).to_bytes(3, "little"), (shape[0] - 1).to_bytes(3, "little")
