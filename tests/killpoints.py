@@ -19,7 +19,7 @@ POINTS = {
     "record made": ("agent.intake.line", "Line.entry", "after"),
     "record queued for the ledger": ("agent.store.queue", "Queue.put", "after"),
     "large record's file written": ("agent.store.blobs", "Blobs.write", "after"),
-    "transaction begun": ("agent.store.transaction", "Transaction.apply", "after"),
+    "transaction begun": ("agent.store.transaction", "Transaction._apply", "after"),
     "transaction written but not committed": ("agent.store.transaction", "Transaction.finish", "after"),
     "record durable": ("agent.store.ledger", "Ledger.commit", "after"),
     "before the in-car PUBACK": ("agent.mqtt.connection", "Connection.ack", "before"),

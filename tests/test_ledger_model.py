@@ -14,7 +14,7 @@ from ledger_samples import NOW, SECOND, delivered, in_memory, opened, refused, s
 from agent.errors import LedgerEntryError
 from agent.messages import Priority, State
 from agent.store.audit_cli import verify
-from agent.store.entries import IntakeKey, Rejected, Released, Withdrawn
+from agent.store.entries import IntakeKey, Rejected, Released, Store, Withdrawn
 from agent.store.lanes import RECORD_OVERHEAD
 
 LANE, TOTAL, INLINE = 6000, 14_000, 1000
@@ -131,6 +131,32 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.commit([Released(record=pending, time_ns=NOW)])
         self.model.spool[name] = pending
         self.model.evict()
+
+    @rule(ended=st.lists(names, max_size=6), sizes=st.lists(st.sampled_from((10, 900)), max_size=40), last=names)
+    def deliver_and_store_many(self, ended, sizes, last):
+        """One transaction as the committer makes it, with records ended twice; the last is ended behind the stores."""
+        numbers = range(self.number + 1, self.number + 1 + len(sizes))
+        stores = [store(number, size=size) for number, size in zip(numbers, sizes, strict=True)]
+        self.number += len(sizes)
+        self.ledger.commit([*(delivered(int(name[3:])) for name in ended), *stores, delivered(int(last[3:]))])
+        for name in ended:
+            self.model.end(name, State.DELIVERED)
+        for entry in stores:
+            self.model.received += 1
+            self.model.spool[entry.record.id] = entry.record
+        self.model.end(last, State.DELIVERED)
+        self.model.evict()
+
+    @rule(stores=st.integers(0, 40), wrong=st.integers(0, 40))
+    def clash(self, stores, wrong):
+        """Of many stores the one that is in the ledger already is named, and nothing is kept."""
+        if not self.model.spool:
+            return
+        entries = [store(900_000 + number) for number in range(stores)]
+        entries.insert(min(wrong, stores), Store(record=next(iter(self.model.spool.values()))))
+        with pytest.raises(LedgerEntryError) as failed:
+            self.ledger.commit(entries)
+        assert failed.value.index == min(wrong, stores)
 
     @rule(name=names)
     def fail(self, name):

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-from agent.errors import LedgerEntryError, LedgerStalledError
+from agent.errors import LedgerStalledError
 from agent.messages import Priority, Record, State
 from agent.store import retention, tally, upkeep
 from agent.store.blobs import Blobs
@@ -121,11 +121,7 @@ class Ledger:
 
     def _commit(self, entries: Sequence[Entry]) -> None:
         with self._transaction() as transaction:
-            for index, entry in enumerate(entries):
-                try:
-                    transaction.apply(entry)
-                except (ValueError, sqlite3.IntegrityError) as exc:
-                    raise LedgerEntryError(index, f"{self._path}: {exc}") from exc
+            transaction.apply(entries)
             retention.make_room(self._connection, transaction, self._limits, latest_ns(entries))
 
     @contextlib.contextmanager

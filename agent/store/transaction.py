@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from agent.errors import LedgerEntryError
 from agent.messages import Record, Redaction, State
 from agent.store import audit, tally
 from agent.store.blobs import Blobs
 from agent.store.books import AUDIT_CELL, BASE, Books, Delta
 from agent.store.entries import (
     Delivered,
+    Ending,
     Entry,
     IntakeKey,
     LedgerLimits,
@@ -31,18 +33,12 @@ from agent.store.entries import (
     Withdrawn,
 )
 from agent.store.lanes import Gone, Lane, Row, lane_of, subject_of
+from agent.store.rows import ClashError, Rows
 from agent.store.storage import NonsenseError
 
 AUDIT_OVERHEAD = 64  # bytes of an audit block beside its rows
 TOO_LARGE = "ledger.too-large"
 
-_INSERT = """INSERT INTO record(id, lane, priority, class, size, expires_ns, recorded_ns, sequence, basis, topic,
-    time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope, key)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-_UPDATE = """UPDATE record SET (id, lane, priority, class, size, expires_ns, recorded_ns, sequence, basis, topic,
-    time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope)
-    = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE key = ?"""
-_DELETE = "DELETE FROM record WHERE id = ? RETURNING key, id, lane, priority, class, size, file"
 _SELECT = """SELECT key, id, lane, priority, class, size, file, time_ns, monotonic_ns, doubt_ns, boot
     FROM record WHERE id = ?"""
 _COUNTER = """INSERT INTO counter VALUES (?, ?, ?, ?, ?)
@@ -59,14 +55,28 @@ class Transaction:
         self._books = books
         self._blobs = blobs
         self._limits = limits
+        self._rows = Rows(connection)
+        self._index = -1
         self._names: dict[int, Lane] = {}
         self._freed_audit = 0
 
-    def apply(self, entry: Entry) -> None:
-        """Apply one entry; a redelivery that is recorded already changes nothing.
+    def apply(self, entries: Sequence[Entry]) -> None:
+        """Apply entries in order; a redelivery that is recorded already changes nothing.
 
-        ValueError, sqlite3.Error or OSError: the transaction is to be rolled back.
+        LedgerEntryError names the one that contradicts the ledger; after it, sqlite3.Error or OSError, the transaction
+        is to be rolled back.
         """
+        self._rows.take(list(_ended_first(entries)))
+        try:
+            for self._index, entry in enumerate(entries):
+                self._apply(entry)
+            self._rows.flush()
+        except ClashError as exc:
+            raise LedgerEntryError(exc.index, str(exc)) from exc
+        except (ValueError, sqlite3.IntegrityError) as exc:
+            raise LedgerEntryError(self._index, str(exc)) from exc
+
+    def _apply(self, entry: Entry) -> None:
         match entry:
             case Store():
                 self._store(entry)
@@ -130,7 +140,7 @@ class Transaction:
         """Put a record into the spool; its key is the number of the audit row that says `what` happened."""
         key = self._audit_record(what, record, record.recorded_ns, **facts)
         self._number(record)
-        self._execute(_INSERT, (*self._columns(record, key), key))
+        self._rows.insert(self._index, (*self._columns(record, key), key))
         tally.step(self.delta.cells, record.state, subject_of(record))
 
     def _audit_record(self, what: str, record: Record, time_ns: int, **facts: object) -> int:
@@ -186,12 +196,12 @@ class Transaction:
     def _end(
         self, name: str, state: State, time_ns: int, counted: Mapping[str, str], *, code: int | None = None
     ) -> None:
-        gone = self._execute(_DELETE, (name,)).fetchall()
-        if not gone:
+        gone = self._rows.taken(name)
+        if gone is None:
             tally.add(self.delta.cells, (tally.LATE, tally.TOTAL, ""), 1)
             self._audit("late", time_ns, id=name, decision=str(state), code=code, **counted)
             return
-        self._left(self._row(gone[0]), state, counted, time_ns, code)
+        self._left(self._row(gone), state, counted, time_ns, code)
 
     def _left(self, row: Row, state: State, counted: Mapping[str, str], time_ns: int, code: int | None = None) -> None:
         tally.step(self.delta.cells, row.state, row.subject, -1)
@@ -202,6 +212,7 @@ class Transaction:
         self._audit(str(state), time_ns, id=row.id, **facts)
 
     def _change(self, record: Record, what: str, reason: str, time_ns: int) -> None:
+        self._rows.flush()
         found = self._execute(_SELECT, (record.id,)).fetchone()
         if found is None:
             tally.add(self.delta.cells, (tally.LATE, tally.TOTAL, ""), 1)
@@ -210,7 +221,7 @@ class Transaction:
         row = self._row(found[:7])
         _check_change(record, row, found[7:])
         number = self._audit_record(what, record, time_ns, reason=reason)
-        self._execute(_UPDATE, (*self._columns(record, number), row.key))
+        self._rows.update(row.key, self._columns(record, number))
         if row.file is not None:
             self.delta.unneeded.append(row.file)
         self._number(record)
@@ -243,6 +254,7 @@ class Transaction:
 
     def finish(self) -> audit.Head:
         """Write counters, numbering and the audit block; the new head."""
+        self._rows.flush()
         many = self._connection.executemany
         head = self._books.head
         if self.delta.rows:
@@ -268,6 +280,14 @@ class Transaction:
         tally.step(self.delta.cells, State.EVICTED, subject, marks={"reason": reason})
         facts: dict[str, object] = {"class": subject.data_class, "candidates": subject.regions, "reason": reason}
         self._audit("evicted", time_ns, id=name, **facts)
+
+
+def _ended_first(entries: Iterable[Entry]) -> Iterator[str]:
+    """The ids of the records that the entries end before they do anything else."""
+    for entry in entries:
+        if not isinstance(entry, Ending):
+            return
+        yield entry.id
 
 
 def _check_change(record: Record, row: Row, moment: tuple[int, int, int, str]) -> None:
