@@ -156,6 +156,13 @@ def test_boxes_that_remain_do_not_overlap_beyond_the_limit_and_the_fallen_do(ite
         assert (overlaps(boxes[[index]], boxes[better]) > limit).any()
 
 
+@given(items=BOXES, limit=st.floats(0.1, 0.9), block=st.integers(1, 13))
+def test_boxes_that_remain_are_the_same_however_many_are_compared_at_once(items, limit, block):
+    boxes = rows(items)
+    scores = np.linspace(0.1, 0.9, len(boxes)).astype(np.float32)
+    assert suppress(boxes, scores, limit, block).tolist() == suppress(boxes, scores, limit, 1).tolist()
+
+
 def test_best_box_comes_first_and_equal_ones_keep_their_order():
     boxes = rows([(0, 0, 10, 10), (100, 0, 10, 10), (200, 0, 10, 10)])
     assert suppress(boxes, np.array([0.5, 0.9, 0.5], np.float32), 0.5).tolist() == [1, 0, 2]

@@ -17,6 +17,7 @@ Floats = NDArray[np.float32]
 
 FAR_TOP, FAR_BOTTOM = 0.3, 0.8  # shares of a picture's height between which a level camera sees far plates
 SHARED = 128  # pixels that neighbouring windows share, more than a far plate is wide
+BLOCK = 32  # boxes whose overlaps are worked out at once
 GRIDS = 4  # input sizes whose cells are kept: a car has few cameras, and a grid of 1280x736 takes 0.2 MB
 LARGEST_LOGARITHM = 5.0  # of a distance in strides: a box side lies at most 148 strides from its cell
 
@@ -160,15 +161,20 @@ def overlaps(first: Floats, second: Floats) -> Floats:
     return np.asarray(shared / np.maximum(union, 1e-9), np.float32)
 
 
-def suppress(boxes: Floats, scores: Floats, limit: float) -> NDArray[np.int64]:
+def suppress(boxes: Floats, scores: Floats, limit: float, block: int = BLOCK) -> NDArray[np.int64]:
     """Indices of the boxes that remain, best first: a box falls to a better one that it overlaps by more than `limit`.
 
     Equal scores are taken in the order given, so that the result is always the same.
     """
     order = np.argsort(-scores, kind="stable")
-    remaining = []
+    remaining = [order[:0]]
     while len(order):
-        best, rest = order[0], order[1:]
-        remaining.append(int(best))
-        order = rest[overlaps(boxes[best][None], boxes[rest])[0] <= limit]
-    return np.array(remaining, np.int64)
+        first, rest = order[:block], order[block:]
+        apart = overlaps(boxes[first], boxes[first]) <= limit
+        kept = np.ones(len(first), bool)
+        for index in range(len(first)):
+            if kept[index]:
+                kept[index + 1 :] &= apart[index, index + 1 :]
+        remaining.append(first[kept])
+        order = rest[(overlaps(boxes[first[kept]], boxes[rest]) <= limit).all(axis=0)]
+    return np.concatenate(remaining)
