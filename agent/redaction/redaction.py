@@ -154,21 +154,21 @@ def _scaled(box: Box, across: float, down: float) -> Box:
 class Decoded:
     """A decoded picture as it is stored: `L`, `RGB` or `YCbCr`.
 
-    `luma` and `half`, where there are any, are what `image` was made of: its luma, and at half the size its chroma.
+    `planes`, where there are any, are what `image` was made of: its luma, and in a picture of half the size its chroma.
     """
 
     image: Image.Image
-    luma: Image.Image | None = None
-    half: Image.Image | None = None
+    planes: tuple[Image.Image, Image.Image] | None = None
 
     def seen(self, size: tuple[int, int]) -> Pixels:
         """RGB (H, W, 3) in a size of the stored picture (width, height)."""
         if size == self.image.size:
             image = self.image
-        elif self.luma is None or self.half is None:
+        elif self.planes is None:
             image = shrunk(self.image, size)
         else:
-            image = _joined(shrunk(self.luma, size), self.half, self.image.size)
+            luma, half = self.planes
+            image = _joined(shrunk(luma, size), half, self.image.size)
         return np.asarray(image.convert("RGB"))
 
 
@@ -215,7 +215,7 @@ def _planes(header: Header) -> Decoded:
         half.load()
     _check_size(whole, size)
     _check_size(half, ((header.width + 1) // 2, (header.height + 1) // 2))
-    return Decoded(image=_joined(whole, half, size), luma=whole, half=half)
+    return Decoded(image=_joined(whole, half, size), planes=(whole, half))
 
 
 def _joined(luma: Image.Image, half: Image.Image, stored_size: tuple[int, int]) -> Image.Image:

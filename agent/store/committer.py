@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from agent.errors import LedgerCorruptError, LedgerEntryError, LedgerError, LedgerStalledError
-from agent.store.entries import MIB, Delivered, Entry, Redecided, Rejected, Released, Store, SweepResult, Withdrawn
+from agent.store.entries import MIB, Delivered, Ending, Entry, Redecided, Released, Store, SweepResult
 from agent.store.ledger import Ledger
 from agent.store.queue import Queue, Submission, Waiting
 
@@ -106,7 +106,7 @@ class Committer:
         submission = Submission(len(entries), asyncio.get_running_loop().create_future())
         try:
             for entry in entries:
-                queue = self._endings if isinstance(entry, Delivered | Rejected | Withdrawn) else self._stores
+                queue = self._endings if isinstance(entry, Ending) else self._stores
                 await queue.put(Waiting(entry, _size(entry), submission, queue))
                 self._came(entry)
             await submission.done
@@ -121,7 +121,7 @@ class Committer:
             self._alone_at = now + self._options.company_s if first else self._alone_at
             if not first and self._patient():
                 return
-        elif isinstance(entry, Rejected | Withdrawn):
+        elif isinstance(entry, Ending):
             self._alone_at = now
         self._wake.set()
 

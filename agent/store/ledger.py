@@ -31,15 +31,13 @@ from agent.store.books import Books, forget_empty_lanes, load, read_cells
 from agent.store.entries import (
     MIB,
     Counts,
-    Delivered,
+    Ending,
     Entry,
     IntakeKey,
     LedgerLimits,
     Noted,
-    Rejected,
     Spooled,
     SweepResult,
-    Withdrawn,
     latest_ns,
 )
 from agent.store.reserve import Reserve
@@ -114,7 +112,7 @@ class Ledger:
         try:
             self._commit(entries)
         except LedgerStalledError:
-            relieving = all(isinstance(entry, Delivered | Rejected | Withdrawn) for entry in entries)
+            relieving = all(isinstance(entry, Ending) for entry in entries)
             if not relieving or not self._use_reserve():
                 raise
             self._commit(entries)

@@ -19,6 +19,7 @@ Pixels = NDArray[np.uint8]
 
 SIZES = {"person": (16.0, 560.0), "face": (7.0, 320.0), "plate": (6.0, 260.0)}  # smaller side (person: height), pixels
 SCALES = (0.3, 2.2)  # limits of the scale jitter
+GREY = 114  # lies outside a picture, as the agent pads it
 COVER = 0.8  # a picture scaled by this times the mean relation of the sides is the smallest that a cell shows
 WHOLE, WHOLES = 0.35, (0.85, 1.5)  # chance that a picture is shown as a whole, and its scale against filling the cell
 FIT = {"person": 1.2, "face": 0.95, "plate": 0.95}  # largest share of a cell's side that the wanted object takes
@@ -163,7 +164,7 @@ def _lines(count: int, size: int, rng: Generator) -> list[int]:
 
 
 def _fill(rng: Generator) -> Pixels:
-    return rng.integers(0, 256, 3).astype(np.uint8) if rng.random() < 0.5 else np.full(3, 114, np.uint8)
+    return rng.integers(0, 256, 3).astype(np.uint8) if rng.random() < 0.5 else np.full(3, GREY, np.uint8)
 
 
 def flipped(tile: Tile) -> Tile:
@@ -179,12 +180,12 @@ def rolled(tile: Tile, degrees: float) -> Tile:
     A box becomes the smallest upright one around its turned corners; what is mostly turned out of the tile is ignored.
     """
     high, wide = tile.pixels.shape[:2]
-    turned = Image.fromarray(tile.pixels).rotate(degrees, Image.Resampling.BILINEAR, fillcolor=(114, 114, 114))
+    turned = Image.fromarray(tile.pixels).rotate(degrees, Image.Resampling.BILINEAR, fillcolor=(GREY, GREY, GREY))
     centre = np.array([wide / 2, high / 2], np.float32)
     angle = math.radians(degrees)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], np.float32)
     corners = (tile.targets.boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]] - centre) @ turn + centre
-    boxes = np.concatenate([corners.min(1), corners.max(1)], 1) if len(corners) else tile.targets.boxes
+    boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
     whole = Window(x=0.0, y=0.0, scale_x=1.0, scale_y=1.0, width=wide, height=high)
     return Tile(pixels=np.asarray(turned), targets=_seen(replace(tile.targets, boxes=boxes), whole))
 
