@@ -18,12 +18,13 @@ def ledger(tmp_path):
 
 
 class Disk:
-    """Stands before a ledger's `commit`: counts transactions, stalls or fails on demand."""
+    """Stands before a ledger's `commit`: tells of the first, counts transactions, stalls or fails on demand."""
 
     def __init__(self, ledger):
         self.loop = asyncio.get_running_loop()
         self.transactions = []
         self.error = None
+        self.begun = asyncio.Event()
         self.refused = asyncio.Event()
         self.refuses = lambda _: True
         self.gate = threading.Event()
@@ -32,6 +33,7 @@ class Disk:
         ledger.commit = self.commit
 
     def commit(self, entries):
+        self.loop.call_soon_threadsafe(self.begun.set)
         assert self.gate.wait(10)
         if (error := self.error) is not None and any(self.refuses(entry) for entry in entries):
             self.loop.call_soon_threadsafe(self.refused.set)
@@ -59,6 +61,23 @@ async def test_lone_entry_waits_no_longer_than_the_delay(ledger):
     async with Committer(ledger, CommitOptions(max_delay_s=0.01)) as committer:
         async with asyncio.timeout(5):
             await committer.submit(store(1))
+
+
+async def test_what_came_during_a_long_transaction_waits_for_no_more_company(ledger, monkeypatch):
+    disk, loop = Disk(ledger), asyncio.get_running_loop()
+    disk.gate.clear()
+    async with Committer(ledger, CommitOptions(max_entries=2, max_delay_s=1000)) as committer:
+        long = [asyncio.create_task(committer.submit(store(n))) for n in range(2)]
+        await disk.begun.wait()
+        late = asyncio.create_task(committer.submit(store(2)))
+        await asyncio.sleep(0)
+        assert committer._stores.waiting
+        now = loop.time
+        monkeypatch.setattr(loop, "time", lambda: now() + 1000)
+        disk.gate.set()
+        async with asyncio.timeout(10):
+            await asyncio.gather(*long, late)
+    assert disk.transactions == [2, 1]
 
 
 async def test_transaction_is_bounded_by_bytes(ledger):

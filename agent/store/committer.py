@@ -103,11 +103,12 @@ class Committer:
         """
         if not entries:
             return
-        submission = Submission(len(entries), asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        submission = Submission(len(entries), loop.create_future())
         try:
             for entry in entries:
                 queue = self._endings if isinstance(entry, Ending) else self._stores
-                await queue.put(Waiting(entry, _size(entry), submission, queue))
+                await queue.put(Waiting(entry, _size(entry), submission, queue, loop.time()))
                 self._came(entry)
             await submission.done
         finally:
@@ -193,9 +194,14 @@ class Committer:
         return max(min(moments), self._alone_at if self._patient() else 0.0) if moments else None
 
     async def _gather(self) -> None:
-        """Let others join the transaction, up to its bounds, for as long as they keep coming."""
+        """Let others join the transaction, up to its bounds, for as long as they keep coming.
+
+        What came while another transaction was written has waited already: a long one, with a picture, is not waited
+        for twice.
+        """
         loop = asyncio.get_running_loop()
-        latest = loop.time() + self._options.max_delay_s
+        since = self._stores.waiting[0].since if self._stores.waiting else loop.time()
+        latest = since + self._options.max_delay_s
         with contextlib.suppress(TimeoutError):
             while not self._closing and not self._full():
                 self._wake.clear()

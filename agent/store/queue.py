@@ -105,9 +105,10 @@ class Submission:
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """One entry, its size, and what it was submitted with."""
+    """One entry, its size, what it was submitted with, and when (by the loop's clock)."""
 
     entry: Entry
     size: int
     submission: Submission
     queue: Queue
+    since: float
