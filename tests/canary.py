@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from agent.messages import Box
+from agent.pictures.formats import Colour
 
 WIDTH, HEIGHT = 192, 144
 MARK = (64, 40, 128, 104)  # x1, y1, x2, y2
@@ -46,8 +47,9 @@ def scene(mark: bool = True) -> np.ndarray:
     return pixels
 
 
-def find_mark(rgb: np.ndarray) -> list[Box]:
+def find_mark(rgb: np.ndarray, colour: Colour) -> list[Box]:
     """The perfect detector: everything far from the grey ground lies in one box."""
+    assert colour is Colour.RGB
     ys, xs = np.nonzero((np.abs(rgb.astype(int) - 128) > 40).any(axis=2))
     if not len(ys):
         return []

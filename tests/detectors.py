@@ -14,6 +14,7 @@ from canary import find_mark
 
 from agent.errors import ModelError
 from agent.messages import Box
+from agent.redaction.redaction import as_it_is
 
 DIGEST = "5d" * 32
 POISON = (0, 255, 0)  # the colour of the top left pixel that sets the faulty ones off
@@ -25,10 +26,10 @@ class Marks:
     digest = DIGEST
 
     def wanted(self, width, height):
-        return width, height
+        return as_it_is(width, height)
 
-    def detect(self, rgb):
-        return find_mark(rgb)
+    def detect(self, rgb, colour):
+        return find_mark(rgb, colour)
 
 
 class Faulty(Marks):
@@ -37,10 +38,10 @@ class Faulty(Marks):
     def __init__(self, fault):
         self._fault = fault
 
-    def detect(self, rgb):
+    def detect(self, rgb, colour):
         if abs(rgb[0, 0].astype(int) - POISON).max() < 30:
             return self._fault()
-        return super().detect(rgb)
+        return super().detect(rgb, colour)
 
 
 def factory(make):

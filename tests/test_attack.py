@@ -61,7 +61,7 @@ def published(plate: Plate, text: str, fill: Fill, kind: str, seed: int) -> np.n
     source = io.BytesIO()
     Image.fromarray(photograph).save(source, kind, **({"quality": 85} if kind == "JPEG" else {}))
     options = RedactionOptions(fill=fill, margins={})
-    data, _ = redact_picture(source.getvalue(), lambda _: [plate.box()], options, LIMITS)
+    data, _ = redact_picture(source.getvalue(), lambda *_: [plate.box()], options, LIMITS)
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("L")).astype(float)
 
@@ -112,7 +112,7 @@ def output(plate: Plate, text: str, kind: str, **coding: object) -> bytes:
     pixels[..., 2] = 255 - pixels[..., 2]
     Image.fromarray(pixels).save(source, kind, **coding)
     options = RedactionOptions(margins={})
-    return redact_picture(source.getvalue(), lambda _: [plate.box()], options, LIMITS)[0]
+    return redact_picture(source.getvalue(), lambda *_: [plate.box()], options, LIMITS)[0]
 
 
 @pytest.mark.parametrize("height", [16, 32, 64])

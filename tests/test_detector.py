@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from agent.errors import ModelError
+from agent.pictures.formats import Colour, View
 from agent.redaction.detector import Detector, frame_of, prepared
 from agent.redaction.geometry import far_windows
 from agent.redaction.manifest import Input, read_manifest
@@ -40,12 +41,12 @@ def constant_model(value):
     return model_bytes(nodes, constants, output=np.shape(value))
 
 
-def mean_model():
-    """One stride-32 cell layer: person's logit is the cell's mean brightness less 100; all sides one stride away."""
+def mean_model(channels=(0, 1, 2), less=100):
+    """One stride-32 cell layer: person's logit is a cell's mean over channels, less this; sides lie one stride away."""
     weight = np.zeros((15, 3, 32, 32), np.float32)
-    weight[0] = 1 / (3 * 32 * 32)
+    weight[0, channels] = 1 / (len(channels) * 32 * 32)
     bias = np.full(15, 0, np.float32)
-    bias[:3] = (-100, -50, -50)
+    bias[:3] = (-less, -50, -50)
     nodes = [
         helper.make_node("Transpose", ["picture"], ["planes"], perm=[0, 3, 1, 2]),
         helper.make_node("Cast", ["planes"], ["real"], to=TensorProto.FLOAT),
@@ -81,7 +82,7 @@ def test_bright_cell_is_found_where_it_is(tmp_path):
     detector = Detector.open(manifest_for(tmp_path, mean_model()))
     scene = picture()
     scene[32:64, 96:128] = 255
-    (box,) = detector.detect(scene)
+    (box,) = detector.detect(scene, Colour.RGB)
     assert (box.label, box.x1, box.y1, box.x2, box.y2) == ("person", 80, 16, 144, 80)
     assert 0.99 < box.score <= 1
 
@@ -90,7 +91,7 @@ def test_boxes_are_in_the_picture_s_own_pixels_when_the_input_is_smaller(tmp_pat
     detector = Detector.open(manifest_for(tmp_path, mean_model()))
     scene = picture(256, 512)
     scene[64:128, 192:256] = 255
-    (box,) = detector.detect(scene)
+    (box,) = detector.detect(scene, Colour.RGB)
     assert (box.x1, box.y1, box.x2, box.y2) == (160, 32, 288, 160)
 
 
@@ -98,23 +99,24 @@ def test_box_at_the_edge_is_clipped_to_the_picture(tmp_path):
     detector = Detector.open(manifest_for(tmp_path, mean_model()))
     scene = picture()
     scene[96:128, 224:256] = 255
-    (box,) = detector.detect(scene)
+    (box,) = detector.detect(scene, Colour.RGB)
     assert (box.x2, box.y2) == (256, 128)
 
 
 def test_nothing_in_the_picture_gives_no_box(tmp_path):
-    assert Detector.open(manifest_for(tmp_path, mean_model())).detect(picture()) == []
+    assert Detector.open(manifest_for(tmp_path, mean_model())).detect(picture(), Colour.RGB) == []
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (33, 31), (2000, 3)])
 def test_pictures_of_any_shape_are_taken(tmp_path, size):
-    Detector.open(manifest_for(tmp_path, mean_model())).detect(np.full((*size, 3), 255, np.uint8))
+    Detector.open(manifest_for(tmp_path, mean_model())).detect(np.full((*size, 3), 255, np.uint8), Colour.RGB)
 
 
 def test_same_picture_gives_the_same_boxes_whatever_the_threads(tmp_path):
     path = manifest_for(tmp_path, mean_model())
     scene = np.random.default_rng(1).integers(0, 256, (200, 300, 3), np.uint8)
-    results = [Detector.open(path, threads=threads).detect(scene, {"person": 0.01}) for threads in (1, 2, 1)]
+    low = {"person": 0.01}
+    results = [Detector.open(path, threads=threads).detect(scene, Colour.RGB, low) for threads in (1, 2, 1)]
     assert results[0] == results[1] == results[2]
 
 
@@ -123,8 +125,8 @@ def test_threshold_of_a_class_decides_what_is_a_box(tmp_path):
     scene = picture()
     scene[32:64, 96:128] = 102
     detector = Detector.open(path)
-    assert detector.detect(scene) == []
-    assert len(detector.detect(scene, {"person": 0.6})) == 1
+    assert detector.detect(scene, Colour.RGB) == []
+    assert len(detector.detect(scene, Colour.RGB, {"person": 0.6})) == 1
 
 
 def test_digest_is_the_hash_of_the_file(tmp_path):
@@ -230,14 +232,14 @@ def test_output_that_is_not_finite_is_no_result(tmp_path, number):
     value[0, 3, 7] = number
     detector = Detector.open(manifest_for(tmp_path, constant_model(value)))
     with pytest.raises(ModelError, match="not finite"):
-        detector.detect(picture(64, 128))
+        detector.detect(picture(64, 128), Colour.RGB)
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 15), (1, 8, 14), (2, 8, 15)])
 def test_output_of_the_wrong_shape_is_no_result(tmp_path, shape):
     detector = Detector.open(manifest_for(tmp_path, constant_model(np.zeros(shape))))
     with pytest.raises(ModelError, match="shape"):
-        detector.detect(picture(64, 128))
+        detector.detect(picture(64, 128), Colour.RGB)
 
 
 def test_failure_inside_the_session_is_a_model_error(tmp_path):
@@ -250,13 +252,13 @@ def test_failure_inside_the_session_is_a_model_error(tmp_path):
     )
     detector = Detector.open(manifest_for(tmp_path, fixed))
     with pytest.raises(ModelError, match="onnxruntime failed"):
-        detector.detect(picture())
+        detector.detect(picture(), Colour.RGB)
 
 
 @pytest.mark.parametrize("bad", [np.zeros((4, 4)), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8)])
 def test_what_is_no_rgb_picture_is_the_caller_s_mistake(tmp_path, bad):
     with pytest.raises(ValueError, match="uint8"):
-        Detector.open(manifest_for(tmp_path, mean_model())).detect(bad)
+        Detector.open(manifest_for(tmp_path, mean_model())).detect(bad, Colour.RGB)
 
 
 CORNERS = np.zeros((1, 2, 7), np.float32)
@@ -266,7 +268,7 @@ CORNERS[0, 1] = (9, 8, 24, 40, 0.1, 0.8, 0.2)
 
 def test_foreign_detector_with_corner_boxes_can_be_brought(tmp_path):
     path = manifest_for(tmp_path, constant_model(CORNERS), output={"name": "cells", "layout": "corners"})
-    (box,) = Detector.open(path).detect(picture(64, 64))
+    (box,) = Detector.open(path).detect(picture(64, 64), Colour.RGB)
     assert (box.label, box.x1, box.y1, box.x2, box.y2) == ("face", 8, 8, 24, 40)
     assert box.score == pytest.approx(0.9)
 
@@ -280,14 +282,14 @@ def test_foreign_detector_with_centres_in_columns_and_a_class_of_no_use_can_be_b
         classes=[None, "plate"],
         thresholds={"plate": 0.92},
     )
-    (box,) = Detector.open(path).detect(picture(64, 64))
+    (box,) = Detector.open(path).detect(picture(64, 64), Colour.RGB)
     assert (box.label, box.x1, box.y1, box.x2, box.y2) == ("plate", 8, 8, 24, 40)
 
 
 def test_foreign_detector_whose_scores_are_no_shares_is_no_result(tmp_path):
     path = manifest_for(tmp_path, constant_model(CORNERS * 3), output={"name": "cells", "layout": "corners"})
     with pytest.raises(ModelError, match=r"outside 0..1"):
-        Detector.open(path).detect(picture(64, 64))
+        Detector.open(path).detect(picture(64, 64), Colour.RGB)
 
 
 def test_planes_first_blue_first_and_shares_of_one_are_prepared_as_the_manifest_says():
@@ -299,6 +301,43 @@ def test_planes_first_blue_first_and_shares_of_one_are_prepared_as_the_manifest_
     assert batch[0, 2, :20, :30].min() == 1
     assert batch[0, :2].max() == 0
     assert batch[0, 2, 20:].max() == 0
+
+
+YCC_INPUT = {"name": "picture", "long_side": 256, "colour": "YCbCr"}
+
+
+@pytest.mark.parametrize(("colour", "wanted"), [("RGB", Colour.RGB), ("BGR", Colour.RGB), ("YCbCr", Colour.YCC)])
+@pytest.mark.parametrize("far", [False, True])
+def test_detector_says_in_which_size_and_colours_it_wants_a_picture(tmp_path, colour, wanted, far):
+    path = manifest_for(tmp_path, mean_model(), input={**YCC_INPUT, "colour": colour})
+    width, height = (512, 128) if far else (256, 64)
+    assert Detector.open(path, far=far).wanted(512, 128) == View(width=width, height=height, colour=wanted)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_picture_of_either_colours_is_shown_to_a_network_in_its_own(tmp_path, far):
+    rgb = np.full((128, 512, 3), (20, 30, 30), np.uint8)
+    rgb[:64, 192:256] = (250, 20, 20)
+    ycc = np.asarray(Image.fromarray(rgb).convert("YCbCr"))
+    for channel, given in ((0, {**YCC_INPUT, "colour": "RGB"}), (2, YCC_INPUT)):
+        detector = Detector.open(manifest_for(tmp_path, mean_model([channel], 180), input=given), far=far)
+        found = detector.detect(rgb, Colour.RGB)
+        assert found == detector.detect(ycc, Colour.YCC)
+        assert len(found) == 1 or far
+        assert {(box.label, box.y1) for box in found} == {("person", 0)}
+
+
+@pytest.mark.parametrize("colour", [Colour.GREY, Colour.CMYK])
+def test_colours_that_no_network_knows_are_the_caller_s_mistake(tmp_path, colour):
+    with pytest.raises(ValueError, match="RGB or YCC"):
+        Detector.open(manifest_for(tmp_path, mean_model())).detect(picture(), colour)
+
+
+def test_space_around_a_ycbcr_picture_is_grey():
+    given = Input(name="x", colour="YCbCr", fixed=(64, 96), pad=7)
+    batch = prepared(np.full((50, 100, 3), 200, np.uint8), frame_of(100, 50, given), given)
+    assert (batch[0, :32] == 200).all()
+    assert (batch[0, 32:] == (7, 128, 128)).all()
 
 
 def test_fixed_input_keeps_its_size_and_its_padding():
@@ -315,8 +354,8 @@ def test_far_plate_that_the_small_input_loses_is_found_in_the_second_pass(tmp_pa
     windows = far_windows(1024, 512, 256)
     x, y = windows[2].x1 + 96, windows[2].y1 + 96
     scene[y : y + 32, x : x + 32] = 255
-    assert Detector.open(path).detect(scene) == []
-    (box,) = Detector.open(path, far=True).detect(scene)
+    assert Detector.open(path).detect(scene, Colour.RGB) == []
+    (box,) = Detector.open(path, far=True).detect(scene, Colour.RGB)
     assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((x - 16, y - 16, x + 48, y + 48), abs=2)
 
 
@@ -325,13 +364,13 @@ def test_object_that_a_window_cuts_is_not_taken_from_the_second_pass(tmp_path):
     scene = picture(512, 1024)
     top = far_windows(1024, 512, 256)[0].y1
     scene[top : top + 32, 256:288] = 255
-    assert Detector.open(path, far=True).detect(scene) == []
+    assert Detector.open(path, far=True).detect(scene, Colour.RGB) == []
 
 
 def test_second_pass_changes_nothing_where_the_picture_fits_the_input(tmp_path):
     path = manifest_for(tmp_path, mean_model())
     scene = np.random.default_rng(1).integers(0, 256, (200, 256, 3), np.uint8)
-    assert Detector.open(path, far=True).detect(scene) == Detector.open(path).detect(scene)
+    assert Detector.open(path, far=True).detect(scene, Colour.RGB) == Detector.open(path).detect(scene, Colour.RGB)
 
 
 SHIPPED = Path(__file__).parents[1] / "models" / "detector.json"
@@ -351,7 +390,7 @@ def test_shipped_detector_is_the_one_of_its_manifest_and_small_and_says_what_it_
 def test_shipped_detector_gives_the_same_boxes_whatever_the_threads():
     scene = np.random.default_rng(3).integers(0, 256, (180, 320, 3), np.uint8)
     low = dict.fromkeys(CLASSES, 0.02)
-    one, two = (Detector.open(SHIPPED, threads=threads).detect(scene, low) for threads in (1, 2))
+    one, two = (Detector.open(SHIPPED, threads=threads).detect(scene, Colour.RGB, low) for threads in (1, 2))
     assert one == two
     assert one
 
@@ -362,5 +401,5 @@ def test_shipped_detector_finds_a_plate_on_a_car_s_back():
     plate = np.asarray(flat_plate(next(style for style in STYLES if style.name == "eu"), np.random.default_rng(5)))
     small = np.asarray(Image.fromarray(plate).resize((95, 20), Image.Resampling.BILINEAR))
     scene[150:170, 112:207] = small
-    boxes = [box for box in Detector.open(SHIPPED).detect(scene) if box.label == "plate"]
+    boxes = [box for box in Detector.open(SHIPPED).detect(scene, Colour.RGB) if box.label == "plate"]
     assert any(box.x1 < 125 and box.x2 > 195 and box.y1 < 155 and box.y2 > 165 for box in boxes)

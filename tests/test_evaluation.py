@@ -325,7 +325,7 @@ def test_one_command_measures_chooses_and_writes(tmp_path, monkeypatch, capsys):
     class Fake:
         manifest = SimpleNamespace(thresholds={"face": 0.5}, input=SimpleNamespace(upscale=1.0, long_side=1280))
 
-        def detect(self, _picture, _thresholds):
+        def detect(self, _picture, _colour, _thresholds):
             return [Box(label="face", score=0.9, x1=30, y1=20, x2=70, y2=60)]
 
     monkeypatch.setattr("tools.evaluate.Detector.open", lambda *_, **__: Fake())

@@ -20,7 +20,7 @@ from PIL import Image
 from agent.errors import EnvelopeError, PositionError, RefusedError
 from agent.messages import Box, Message
 from agent.payloads.inspection import InspectionLimits, inspect, rewrite
-from agent.pictures.formats import PictureLimits, RedactedPayload, RedactionOptions
+from agent.pictures.formats import Colour, PictureLimits, RedactedPayload, RedactionOptions
 from agent.places.gnss import FixReader, FixSource
 from agent.redaction.redaction import redact_payload
 from agent.wire.envelope import unpack
@@ -32,9 +32,9 @@ PAYLOADS = [vector.payload for vector in payload_vectors()]
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def everything(rgb: np.ndarray) -> list[Box]:
+def everything(picture: np.ndarray, _colour: Colour) -> list[Box]:
     """A detector for which the whole picture is one person: what leaves must be black."""
-    return [Box(label="person", score=1.0, x1=0, y1=0, x2=rgb.shape[1], y2=rgb.shape[0])]
+    return [Box(label="person", score=1.0, x1=0, y1=0, x2=picture.shape[1], y2=picture.shape[0])]
 
 
 @st.composite

@@ -17,7 +17,7 @@ from agent.messages import Box
 from agent.payloads.inspection import InspectionLimits
 from agent.pictures import exif
 from agent.pictures.containers import read_header
-from agent.pictures.formats import Fill, Margin, People, PictureLimits, RedactionOptions
+from agent.pictures.formats import Colour, Fill, Margin, People, PictureLimits, RedactionOptions, View
 from agent.redaction import redaction
 from agent.redaction.masking import Area, areas, head_part, paint, stored, upright, whole_blocks
 from agent.redaction.redaction import redact_payload, redact_picture
@@ -82,7 +82,7 @@ def box(x1: float, y1: float, x2: float, y2: float, label: str = "person") -> Bo
     return Box(label=label, score=0.9, x1=x1, y1=y1, x2=x2, y2=y2)
 
 
-def nothing(_rgb):
+def nothing(_picture, _colour):
     return []
 
 
@@ -111,7 +111,7 @@ def test_jpeg_keeps_tables_sampling_and_coding(source):
 )
 def test_jpeg_outside_the_masks_stays_close_and_about_as_large(quality, subsampling, least):
     before = saved(street(), "JPEG", quality=quality, subsampling=subsampling)
-    after, _ = redact_picture(before, lambda _: [box(160, 80, 320, 240)], OPTIONS, LIMITS)
+    after, _ = redact_picture(before, lambda *_: [box(160, 80, 320, 240)], OPTIONS, LIMITS)
     away = np.ones((368, 640), bool)
     away[64:256, 144:336] = False
     assert psnr(decoded(after)[away], decoded(before)[away]) > least
@@ -180,9 +180,9 @@ def test_detector_sees_the_upright_picture_and_the_mask_lands_where_it_pointed(o
     }
     seen = []
 
-    def detect(rgb):
+    def detect(rgb, colour):
         seen.append(rgb.copy())
-        return find_mark(rgb)
+        return find_mark(rgb, colour)
 
     options = replace(OPTIONS, metadata=OPTIONS.metadata if keep else frozenset())
     after, _ = redact_picture(add[kind](), detect, options, LIMITS)
@@ -214,16 +214,17 @@ def test_detector_that_wants_a_smaller_picture_sees_the_same_one_and_its_boxes_a
     }
     seen = []
 
-    def detect(rgb):
+    def detect(rgb, colour):
         seen.append(rgb.copy())
-        return find_mark(np.asarray(Image.fromarray(rgb).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)))
+        large = np.asarray(Image.fromarray(rgb).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST))
+        return [
+            replace(one, x1=one.x1 / 2, x2=one.x2 / 2, y1=one.y1 / 3, y2=one.y2 / 3) for one in find_mark(large, colour)
+        ]
 
-    def shrunk(rgb):
-        return [replace(one, x1=one.x1 / 2, x2=one.x2 / 2, y1=one.y1 / 3, y2=one.y2 / 3) for one in detect(rgb)]
+    def small(width, height):
+        return View(width=width // 2, height=height // 3, colour=Colour.RGB)
 
-    after, counts = redact_picture(
-        add[kind](), shrunk, OPTIONS, LIMITS, lambda width, height: (width // 2, height // 3)
-    )
+    after, counts = redact_picture(add[kind](), detect, OPTIONS, LIMITS, small)
     plain = np.asarray(Image.fromarray(pixels).resize((WIDTH // 2, HEIGHT // 3), Image.Resampling.BILINEAR))
     assert seen[0].shape == plain.shape
     assert np.abs(seen[0].astype(int) - plain).mean() < 4
@@ -251,11 +252,48 @@ def test_jpeg_of_odd_size_is_decoded_to_its_stored_samples(width, height):
 @pytest.mark.parametrize("size", [(427, 245), (320, 184), (100, 50)])
 def test_colours_that_the_detector_sees_in_a_smaller_size_lie_where_the_picture_has_them(size):
     data = saved(street(641, 367), "JPEG", quality=90, subsampling=2)
-    found = redaction._planes(read_header(data, LIMITS)).seen(size).astype(int)
+    found = redaction._planes(read_header(data, LIMITS)).seen(size, Colour.RGB).astype(int)
     with Image.open(io.BytesIO(data)) as image:
         wanted = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR)).astype(int)
     assert found.shape == wanted.shape
     assert psnr(found, wanted) > 30
+
+
+def in_ycc(width, height):
+    return View(width=width, height=height, colour=Colour.YCC)
+
+
+def shown(data: bytes) -> np.ndarray:
+    """What a detector sees that wants a picture in YCbCr."""
+    seen = []
+
+    def detect(pixels, colour):
+        assert colour is Colour.YCC
+        seen.append(pixels.copy())
+        return []
+
+    redact_picture(data, detect, OPTIONS, LIMITS, in_ycc)
+    return seen[0]
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_samples_of_a_jpeg_are_shown_as_they_are_stored_to_a_detector_that_wants_them(subsampling):
+    data = saved(street(641, 367), "JPEG", quality=90, subsampling=subsampling)
+    assert np.array_equal(shown(data), np.asarray(redaction._decode(read_header(data, LIMITS)).image))
+
+
+@pytest.mark.parametrize("source", ["jpeg-rgb", "jpeg-cmyk", "png-rgb", "png-palette", "webp-lossy", "webp-lossless"])
+def test_other_colours_are_shown_in_the_ycbcr_of_jfif(source):
+    image = redaction._decode(read_header(SOURCES[source], LIMITS)).image
+    assert image.mode == "RGB"
+    assert np.array_equal(shown(SOURCES[source]), np.asarray(image.convert("YCbCr")))
+
+
+@pytest.mark.parametrize("source", ["jpeg-grey", "png-grey", "png-16-bit"])
+def test_grey_picture_is_shown_with_chroma_that_has_no_colour(source):
+    pixels = shown(SOURCES[source])
+    assert (pixels[..., 1:] == 128).all()
+    assert np.array_equal(pixels[..., 0], np.asarray(redaction._decode(read_header(SOURCES[source], LIMITS)).image))
 
 
 def with_sized_chunks(data: bytes, block: bytes, shape: tuple[int, ...]) -> bytes:
@@ -382,7 +420,7 @@ def test_head_part_is_the_upper_share_of_a_person_in_full_width(width, height, e
 def test_head_rule_masks_faces_and_the_head_part_of_every_person_even_without_a_face():
     options = RedactionOptions(people=People.HEAD, margins={})
     found = [box(10, 10, 30, 90), box(100, 60, 110, 70, "face")]
-    after, counts = redact_picture(saved(scene(mark=False), "PNG"), lambda _: found, options, LIMITS)
+    after, counts = redact_picture(saved(scene(mark=False), "PNG"), lambda *_: found, options, LIMITS)
     pixels = decoded(after)
     assert not pixels[10:34, 10:30].any()
     assert not pixels[60:70, 100:110].any()
@@ -399,7 +437,7 @@ def test_head_rule_masks_faces_and_the_head_part_of_every_person_even_without_a_
     ],
 )
 def test_detector_that_fails_refuses_the_picture(fault, reason):
-    def detect(_):
+    def detect(*_):
         raise fault
 
     with pytest.raises(RefusedError) as caught:
@@ -408,7 +446,7 @@ def test_detector_that_fails_refuses_the_picture(fault, reason):
 
 
 def test_detector_gets_a_contiguous_picture_that_it_cannot_change():
-    def detect(rgb):
+    def detect(rgb, _):
         assert rgb.flags.c_contiguous
         assert (rgb.shape, rgb.dtype) == ((HEIGHT, WIDTH, 3), np.uint8)
         rgb[:] = 77
@@ -448,7 +486,7 @@ def resampled(data: bytes, factors: int, width: int, height: int) -> bytes:
 )
 def test_unusual_sampling_is_read_and_written_with_full_chroma(made_with, factors, width, height):
     before = resampled(saved(scene(), "JPEG", quality=80, subsampling=made_with), factors, width, height)
-    after, _ = redact_picture(before, lambda _: [box(32, 32, 64, 64)], OPTIONS, LIMITS)
+    after, _ = redact_picture(before, lambda *_: [box(32, 32, 64, 64)], OPTIONS, LIMITS)
     header, away = read_header(after, LIMITS), np.ones((height, width), bool)
     away[:100, :128] = False
     assert header.sampling == ((1, 1), (1, 1), (1, 1))

@@ -25,9 +25,10 @@ except PermissionError:
 import numpy
 from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from agent.pictures.formats import Colour
 from agent.redaction.detector import Detector
 Ed25519PrivateKey.generate().sign(b"x")
-Detector.open(Path(sys.argv[1])).detect(numpy.zeros((240, 320, 3), numpy.uint8))
+Detector.open(Path(sys.argv[1])).detect(numpy.zeros((240, 320, 3), numpy.uint8), Colour.RGB)
 """
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agent.messages import Box
+from agent.pictures.formats import Colour
 from agent.redaction.detector import Detector
 from tools.evaluation.contest import Contestant
 from tools.training import plates
@@ -295,7 +296,7 @@ def test_completion_speaks_only_of_classes_that_nobody_spoke_of(tmp_path):
     Image.new("RGB", (50, 50)).save(tmp_path / "a.jpg")
 
     class Teacher:
-        def detect(self, _picture, _thresholds=None):
+        def detect(self, _picture, _colour, _thresholds=None):
             return [
                 Box(label="plate", score=0.7, x1=1, y1=2, x2=30, y2=12),
                 Box(label="person", score=0.9, x1=0, y1=0, x2=9, y2=9),
@@ -333,7 +334,7 @@ def test_second_teacher_is_not_asked_where_people_labelled_the_class(tmp_path):
     second = Contestant(name="second", labels=("person",), detect=lambda _picture: [box])
 
     class Silent:
-        def detect(self, _picture, _thresholds=None):
+        def detect(self, _picture, _colour, _thresholds=None):
             return []
 
     def item(source):
@@ -485,7 +486,7 @@ def test_shipped_files_are_taken_by_the_agent(tmp_path):
     network = Network(SMALL).eval()
     shipped = exported(network, calibrated(network, [PICTURE[0]]))
     path = write(tmp_path, "tiny", shipped.int8, dict.fromkeys(CLASSES, 0.5), {"licence": "Apache-2.0"})
-    assert Detector.open(path).detect(PICTURE[0]) == []
+    assert Detector.open(path).detect(PICTURE[0], Colour.RGB) == []
     assert json.loads(path.read_text())["licence"] == "Apache-2.0"
 
 

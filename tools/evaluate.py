@@ -18,6 +18,7 @@ from PIL import Image
 from rich.progress import track
 
 from agent.messages import Box
+from agent.pictures.formats import Colour
 from agent.redaction.detector import Detector
 from tools.evaluation.baselines import baselines, find
 from tools.evaluation.card import with_tables
@@ -186,7 +187,7 @@ def contestant(name: str, detector: Detector) -> Contestant:
     low = dict.fromkeys(labels, LOWEST)
 
     def detect(picture: Any) -> list[Box]:  # noqa: ANN401 - an array
-        return detector.detect(picture, low)
+        return detector.detect(picture, Colour.RGB, low)
 
     return Contestant(name=name, labels=labels, detect=detect, thresholds=detector.manifest.thresholds)
 

@@ -37,12 +37,24 @@ class People(StrEnum):
 
 
 class Colour(StrEnum):
-    """How the samples of a JPEG are to be read (the decision of ITU-T T.872 and of every decoder)."""
+    """How a picture's samples are to be read; for a JPEG, the decision of ITU-T T.872 and of every decoder."""
 
     GREY = "grey"
     YCC = "ycc"
     RGB = "rgb"
     CMYK = "cmyk"
+
+
+MODES: Mapping[Colour, str] = MappingProxyType({Colour.RGB: "RGB", Colour.YCC: "YCbCr"})  # Pillow's names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """What a detector is shown of an upright picture: its size in pixels, and whether its samples are RGB or YCC."""
+
+    width: int
+    height: int
+    colour: Colour
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

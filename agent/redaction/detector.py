@@ -18,10 +18,12 @@ from PIL import Image
 
 from agent.errors import ModelError
 from agent.messages import Box
+from agent.pictures.formats import MODES, Colour, View
 from agent.redaction.decoding import Candidates, candidates
 from agent.redaction.geometry import Floats, Letterbox, Window, far_windows, fixed_letterbox, letterbox, suppress
 from agent.redaction.manifest import Input, Manifest, check_model, parse_manifest, read_manifest, read_model
 
+GREY = 128  # chroma without colour
 ERRORS_ONLY = 3  # onnxruntime's severity: warnings about foreign models are no business of the car's log
 
 
@@ -64,21 +66,29 @@ class Detector:
         merged = {**self.manifest.thresholds, **thresholds}
         return [1.0 if label is None else merged[label] for label in self.manifest.classes]
 
-    def wanted(self, width: int, height: int) -> tuple[int, int]:
-        """In which size the network sees a picture of this width and height: `detect` may be given it in that size."""
+    @property
+    def colour(self) -> Colour:
+        """What the network's input holds; BGR is RGB in another order."""
+        return Colour.YCC if self.manifest.input.colour == "YCbCr" else Colour.RGB
+
+    def wanted(self, width: int, height: int) -> View:
+        """How the network sees a picture of this width and height: shown so, `detect` has nothing to convert."""
         if self.far:
-            return width, height
+            return View(width=width, height=height, colour=self.colour)
         frame = frame_of(width, height, self.manifest.input)
-        return frame.content_width, frame.content_height
+        return View(width=frame.content_width, height=frame.content_height, colour=self.colour)
 
-    def detect(self, picture: NDArray[np.uint8], thresholds: dict[str, float] | None = None) -> list[Box]:
-        """Everything found in an upright (H, W, 3) RGB picture, as boxes clipped to it, best first within each label.
+    def detect(
+        self, picture: NDArray[np.uint8], colour: Colour, thresholds: dict[str, float] | None = None
+    ) -> list[Box]:
+        """Everything found in an upright (H, W, 3) picture, as boxes clipped to it, best first within each label.
 
-        `thresholds` replaces the manifest's, for measuring.
+        `colour` says what its samples are, RGB or YCC. `thresholds` replaces the manifest's, for measuring.
         """
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             message = f"a picture is uint8 (H, W, 3), found {picture.dtype} {picture.shape}"
             raise ValueError(message)
+        picture = converted(picture, colour, self.colour)
         limits = self.with_thresholds(thresholds or {})
         found = self._seen(picture, limits)
         for window in self._windows(picture.shape[1], picture.shape[0]):
@@ -147,14 +157,26 @@ def frame_of(width: int, height: int, given: Input) -> Letterbox:
     return letterbox(width, height, long_side=given.long_side, upscale=given.upscale, multiple=given.multiple)
 
 
+def converted(picture: NDArray[np.uint8], given: Colour, wanted: Colour) -> NDArray[np.uint8]:
+    """RGB as JFIF's YCbCr or the other way round; the same array where that is what it is."""
+    if given not in MODES:
+        message = f"a picture's colours are RGB or YCC, found {given!r}"
+        raise ValueError(message)
+    if given is wanted:
+        return picture
+    return np.asarray(Image.fromarray(picture, MODES[given]).convert(MODES[wanted]))
+
+
 def prepared(picture: NDArray[np.uint8], frame: Letterbox, given: Input) -> NDArray[Any]:
-    """The batch of one that the session takes."""
+    """The batch of one that the session takes, of a picture in its colours (RGB where it takes BGR)."""
     size = (frame.content_width, frame.content_height)
     content: Any = picture
     if size != (frame.picture_width, frame.picture_height):
         content = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)
-    batch = np.full((1, frame.height, frame.width, 3), given.pad, np.uint8)
+    pad = (given.pad, GREY, GREY) if given.colour == "YCbCr" else given.pad
+    batch = np.empty((1, frame.height, frame.width, 3), np.uint8)
     batch[0, : size[1], : size[0]] = content
+    batch[0, size[1] :] = batch[0, : size[1], size[0] :] = pad
     if given.colour == "BGR":
         batch = batch[..., ::-1]
     if given.layout == "NCHW":

@@ -18,6 +18,7 @@ from agent.errors import ModelError
 FORMAT = 1
 LARGEST_MODEL = 64 * 2**20  # bytes
 LABELS = frozenset({"person", "face", "plate"})
+COLOURS = frozenset({"RGB", "BGR", "YCbCr"})  # the last as JFIF (ITU-T T.871) has it: all of 0..255, chroma from 128
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -30,7 +31,10 @@ class Layout(StrEnum):
 
 
 class Input(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a picture is handed over. Without `fixed` the size follows the picture, in multiples of `multiple`."""
+    """How a picture is handed over. Without `fixed` the size follows the picture, in multiples of `multiple`.
+
+    `pad` is the grey around it; in YCbCr that is its luma.
+    """
 
     name: str
     layout: str = "NHWC"
@@ -130,7 +134,7 @@ def _mistakes(manifest: Manifest) -> list[tuple[bool, str]]:
         (set(manifest.thresholds) != named, "thresholds and classes name different labels"),
         (any(not 0 < value < 1 for value in manifest.thresholds.values()), "a threshold lies between 0 and 1"),
         (given.layout not in {"NHWC", "NCHW"}, f"input.layout is NHWC or NCHW, found {given.layout!r}"),
-        (given.colour not in {"RGB", "BGR"}, f"input.colour is RGB or BGR, found {given.colour!r}"),
+        (given.colour not in COLOURS, f"input.colour is RGB, BGR or YCbCr, found {given.colour!r}"),
         (given.dtype not in {"uint8", "float32"}, f"input.dtype is uint8 or float32, found {given.dtype!r}"),
         (not all(0 < size <= 8192 for size in sizes), "an input size lies between 1 and 8192 pixels"),
         (not 0 < given.upscale <= 4, "input.upscale lies between 0 and 4"),

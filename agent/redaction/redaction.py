@@ -24,6 +24,7 @@ from agent.payloads.inspection import InspectionLimits, rewrite
 from agent.pictures import jpeg, webp
 from agent.pictures.containers import read_header, rebuild
 from agent.pictures.formats import (
+    MODES,
     Colour,
     Format,
     Header,
@@ -31,12 +32,13 @@ from agent.pictures.formats import (
     PictureLimits,
     RedactedPayload,
     RedactionOptions,
+    View,
 )
 from agent.redaction.masking import Area, Pixels, areas, head_part, paint, stored, upright, whole_blocks
 from agent.redaction.scaling import shrunk
 
-Detect = Callable[[Pixels], list[Box]]
-Wanted = Callable[[int, int], tuple[int, int]]
+Detect = Callable[[Pixels, Colour], list[Box]]  # (H, W, 3) of an upright picture, and what its samples are
+Wanted = Callable[[int, int], View]  # what of a picture of this width and height `Detect` wants
 
 SUBSAMPLING: Mapping[tuple[tuple[int, int], ...], int] = {
     ((1, 1),) * 3: 0,
@@ -55,9 +57,9 @@ OPENERS: Mapping[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 }
 
 
-def as_it_is(width: int, height: int) -> tuple[int, int]:
-    """What a detector wants that looks at every pixel."""
-    return width, height
+def as_it_is(width: int, height: int) -> View:
+    """What a detector wants that looks at every pixel, in RGB."""
+    return View(width=width, height=height, colour=Colour.RGB)
 
 
 def redact_payload(  # noqa: PLR0913, PLR0917 - a payload and everything that bears on it
@@ -90,7 +92,7 @@ def redact_picture(
 ) -> tuple[bytes, Counter[str]]:
     """Return the redacted picture in its own format, and how many boxes of each label were masked.
 
-    `wanted` says in which size the detector looks at an upright picture of (width, height).
+    `wanted` says in which size and colours the detector looks at an upright picture of (width, height).
     """
     header = read_header(data, limits)
     decoded = _decode(header)
@@ -128,11 +130,13 @@ def _detect(detect: Detect, decoded: Decoded, header: Header, wanted: Wanted) ->
     turned = header.orientation >= 5
     width, height = (header.width, header.height)[:: -1 if turned else 1]
     try:
-        size = wanted(width, height)
-        rgb = upright(decoded.seen((size[1], size[0]) if turned else size), header.orientation)
-        seen = np.ascontiguousarray(rgb).view()
+        view = wanted(width, height)
+        size = view.width, view.height
+        lying = (view.height, view.width) if turned else size
+        pixels = upright(decoded.seen(lying, view.colour), header.orientation)
+        seen = np.ascontiguousarray(pixels).view()
         seen.flags.writeable = False
-        boxes = detect(seen)
+        boxes = detect(seen, view.colour)
     except MemoryError as exc:
         raise RefusedError("redaction.memory") from exc
     except ModelError as exc:
@@ -160,8 +164,8 @@ class Decoded:
     image: Image.Image
     planes: tuple[Image.Image, Image.Image] | None = None
 
-    def seen(self, size: tuple[int, int]) -> Pixels:
-        """RGB (H, W, 3) in a size of the stored picture (width, height)."""
+    def seen(self, size: tuple[int, int], colour: Colour) -> Pixels:
+        """RGB or YCbCr (H, W, 3) in a size of the stored picture (width, height)."""
         if size == self.image.size:
             image = self.image
         elif self.planes is None:
@@ -169,7 +173,7 @@ class Decoded:
         else:
             luma, half = self.planes
             image = _joined(shrunk(luma, size), half, self.image.size)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == MODES[colour] else image.convert(MODES[colour]))
 
 
 def _decode(header: Header) -> Decoded:

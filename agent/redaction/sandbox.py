@@ -30,6 +30,7 @@ from PIL import Image
 from agent.errors import AgentError, RefusedError
 from agent.memory import PAGE_BYTES, trim
 from agent.messages import Box
+from agent.pictures.formats import Colour, View
 from agent.redaction import seccomp
 from agent.redaction.frames import HEADER_BYTES, Hello, Reply, Request, Setup, encode
 from agent.redaction.masking import Pixels
@@ -46,11 +47,11 @@ class Detects(Protocol):
 
     digest: str
 
-    def wanted(self, width: int, height: int) -> tuple[int, int]:
-        """In which size it looks at a picture of this width and height."""
+    def wanted(self, width: int, height: int) -> View:
+        """In which size and colours it looks at a picture of this width and height."""
 
-    def detect(self, rgb: Pixels) -> list[Box]:
-        """Find boxes in an upright picture (H, W, 3)."""
+    def detect(self, picture: Pixels, colour: Colour) -> list[Box]:
+        """Find boxes in an upright picture (H, W, 3) of these colours."""
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from agent.payloads.inspection import InspectionLimits
-from agent.pictures.formats import RedactionOptions
+from agent.pictures.formats import MODES, RedactionOptions
 from agent.redaction.detector import Detector, frame_of, prepared
 from agent.redaction.redaction import redact_payload
 from agent.settings.config import shipped_manifest
@@ -85,8 +85,8 @@ def _parts(picture: bytes) -> dict[str, Callable[[], object]]:
     detector = Detector.open(shipped_manifest(), threads=1)
     given, output = detector.manifest.input, detector.manifest.output.name
     image = _decoded(picture)
-    rgb = np.asarray(image.convert("RGB"))
-    batch = prepared(rgb, frame_of(rgb.shape[1], rgb.shape[0], given), given)
+    pixels = np.asarray(image.convert(MODES[detector.colour]))
+    batch = prepared(pixels, frame_of(image.width, image.height, given), given)
     tables, sampling = _coding(picture)
 
     def encode() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.messages import Box
+from agent.pictures.formats import Colour
 from tools.evaluation.contest import Contestant
 from tools.training.dataset import CLASSES, DOUBT, SAME, SOURCES, Knowledge, Source, load_picture, overlap
 
@@ -23,7 +24,9 @@ ALONE = 0.7  # what is left of a score that only one of two teachers gave
 class Finds(Protocol):
     """What is needed of a detector."""
 
-    def detect(self, picture: NDArray[np.uint8], thresholds: dict[str, float] | None = None) -> list[Box]:
+    def detect(
+        self, picture: NDArray[np.uint8], colour: Colour, thresholds: dict[str, float] | None = None
+    ) -> list[Box]:
         """Everything found."""
 
 
@@ -63,7 +66,7 @@ def completed(
             if picture is not None and labels:
                 rows = weighed(rows, [_row(box) for box in teacher.detect(picture) if box.label in labels], labels)
         if picture is not None and wanted:
-            found = detector.detect(picture, dict.fromkeys(CLASSES, DOUBT))
+            found = detector.detect(picture, Colour.RGB, dict.fromkeys(CLASSES, DOUBT))
             rows.extend(_row(box) for box in found if box.label in wanted)
         result.append({**item, "pseudo": rows})
     return result
