@@ -2,6 +2,7 @@ import importlib.util
 import json
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from PIL import Image
 from agent.messages import Box
 from agent.pictures.formats import Colour
 from agent.redaction.detector import Detector
+from agent.redaction.manifest import read_manifest
 from tools.evaluation.contest import Contestant
 from tools.training import plates
 from tools.training.augment import Tile, choose_window, flipped, mosaic, paste_from, pasted, rolled, show
@@ -29,8 +31,17 @@ from tools.training.dataset import (
     split,
     targets_of,
 )
-from tools.training.export import Range, float_model, int8_model, weight_scales
+from tools.training.export import (
+    RGB_FROM_YCC,
+    Range,
+    float_model,
+    int8_model,
+    rgb_from_ycc,
+    weight_scales,
+    ycc_from_rgb,
+)
 from tools.training.plan import Conv, Merge, Shape, head_names, plan
+from tools.training.rounding import moments, rounded
 from tools.training.tiles import Album, Stream, batch_of
 from tools.training.weather import weathered
 
@@ -366,6 +377,14 @@ def outputs_of(model, picture, names=("cells",)):
     return session.run(list(names), {"picture": picture})[0]
 
 
+def with_output(model, name):
+    """A session that also gives the tensor of this name."""
+    changed = onnx.load_from_string(model)
+    kind = onnx.TensorProto.UINT8 if any(node.op_type == "QuantizeLinear" for node in changed.graph.node) else 1
+    changed.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    return onnxruntime.InferenceSession(changed.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
 PICTURE = np.random.default_rng(4).integers(0, 256, (1, 64, 96, 3), np.uint8)
 
 
@@ -387,6 +406,40 @@ def test_int8_weights_keep_to_reduced_range_so_that_no_cpu_saturates():
     assert np.abs(steps).max() == 64
 
 
+SMOOTH = np.add.outer(np.arange(9.0), np.arange(9.0))[None] + np.random.default_rng(7).normal(0, 9, (200, 1, 1))
+PATCHES = SMOOTH.reshape(200, 81)[:, :27] / 100
+
+
+def missed(steps, exact):
+    """Mean squared error of sums over patches."""
+    return float((((steps - exact) @ PATCHES.T) ** 2).mean())
+
+
+def test_inputs_that_have_nothing_to_do_with_one_another_leave_the_nearest_steps():
+    exact = np.random.default_rng(5).uniform(-70, 70, (4, 27))
+    assert np.array_equal(rounded(exact, np.eye(27), 64), np.round(exact).clip(-64, 64))
+
+
+def test_errors_of_steps_cancel_out_over_inputs_that_are_nearly_alike():
+    exact = np.random.default_rng(5).uniform(-64, 64, (4, 27))
+    steps = rounded(exact, moments(PATCHES), 64)
+    assert np.array_equal(steps, np.round(steps))
+    assert np.abs(steps).max() <= 64
+    assert missed(steps, exact) < 0.1 * missed(np.round(exact), exact)
+
+
+def test_first_convolution_is_rounded_for_what_it_sees():
+    layers, weights = plan(SMALL), weights_of(SMALL)
+    stem, _ = ycc_from_rgb(weights["stem"])
+    exact = (stem / weight_scales(stem)[:, None, None, None]).reshape(len(stem), -1)
+    errors = []
+    for together in (None, moments(PATCHES)):
+        model = onnx.load_from_string(int8_model(layers, weights, ranges_of(SMALL), 15, together))
+        (steps,) = (onnx.numpy_helper.to_array(one) for one in model.graph.initializer if one.name == "stem.w.q")
+        errors.append(missed(steps.reshape(exact.shape).astype(float), exact))
+    assert errors[1] < 0.1 * errors[0]
+
+
 def test_zero_is_exact_in_every_range():
     for low, high in ((-3.3, 5.1), (0.2, 7.0), (-4.0, -1.0), (0.0, 0.0)):
         scale, zero = Range(low=low, high=high).grid()
@@ -403,6 +456,35 @@ def test_every_layer_of_a_plan_reads_what_an_earlier_one_wrote():
     assert set(head_names()) <= known
 
 
+def rgb_of(ycc):
+    """Neither rounded nor clipped."""
+    return (ycc - np.array([0, 128, 128.0])) @ RGB_FROM_YCC.T
+
+
+def test_folded_colours_are_those_that_a_decoder_gives():
+    image = Image.fromarray(PICTURE[0] // 4 + 96, "YCbCr")  # so grey that nothing is clipped
+    assert np.abs(rgb_of(np.asarray(image).astype(float)) - np.asarray(image.convert("RGB"))).max() <= 1
+
+
+def test_first_convolution_gives_for_ycbcr_what_it_gave_for_rgb_and_can_be_taken_back():
+    weight, bias = weights_of(SMALL)["stem"]
+    changed, shifted = ycc_from_rgb((weight, bias))
+    patch = PICTURE[0, :3, :3].astype(float)
+    wanted = np.einsum("oikl,kli->o", weight, rgb_of(patch) / 255) + bias
+    assert np.allclose(np.einsum("oikl,kli->o", changed, (patch - 128) / 255) + shifted, wanted, atol=1e-5)
+    for back, was in zip(rgb_from_ycc((changed, shifted)), (weight, bias), strict=True):
+        assert np.allclose(back, was, atol=1e-5)
+
+
+def test_nothing_beyond_the_border_is_grey():
+    layers, weights = plan(SMALL), weights_of(SMALL)
+    grey = np.full((1, 64, 64, 3), 128, np.uint8)
+    for model in (float_model(layers, weights, 15), int8_model(layers, weights, ranges_of(SMALL), 15)):
+        session = with_output(model, "stem")
+        (stem,) = session.run(["stem"], {"picture": grey})
+        assert np.ptp(stem.astype(float), axis=(2, 3)).max() < 1e-5
+
+
 @torch_needed
 def test_exported_network_computes_what_was_trained():
     import torch  # noqa: PLC0415
@@ -415,8 +497,10 @@ def test_exported_network_computes_what_was_trained():
         network(torch.rand(2, 3, 64, 96))
     network.eval()
     weights = {name: (weight.numpy(), bias.numpy()) for name, (weight, bias) in folded(network).items()}
+    bordered = np.pad(PICTURE, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
+    network.convs["stem"].conv.padding = (0, 0)
     with torch.no_grad():
-        wanted = network(torch.from_numpy(PICTURE).permute(0, 3, 1, 2).float() / 255).numpy()
+        wanted = network(torch.from_numpy(rgb_of(bordered) / 255).permute(0, 3, 1, 2).float()).numpy()
     assert np.allclose(outputs_of(float_model(network.layers, weights, 15), PICTURE), wanted, atol=1e-4)
 
 
@@ -448,6 +532,7 @@ def test_warm_start_computes_what_the_file_computes_and_trains_as_if_it_had_neve
     tiles = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), np.uint8)
     start_from(after, path, [tiles])
     picture = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+    assert read_manifest(path).input.colour == "YCbCr"
     with torch.no_grad():
         wanted = before(picture)
         assert torch.allclose(after.eval()(picture), wanted, atol=1e-3)
@@ -480,11 +565,11 @@ def test_shipped_files_are_taken_by_the_agent(tmp_path):
     import torch  # noqa: PLC0415
 
     from tools.training.network import Network  # noqa: PLC0415
-    from tools.training.shipping import calibrated, exported, write  # noqa: PLC0415
+    from tools.training.shipping import exported, write  # noqa: PLC0415
 
     torch.manual_seed(0)
     network = Network(SMALL).eval()
-    shipped = exported(network, calibrated(network, [PICTURE[0]]))
+    shipped = exported(network, [PICTURE[0]])
     path = write(tmp_path, "tiny", shipped.int8, dict.fromkeys(CLASSES, 0.5), {"licence": "Apache-2.0"})
     assert Detector.open(path).detect(PICTURE[0], Colour.RGB) == []
     assert json.loads(path.read_text())["licence"] == "Apache-2.0"

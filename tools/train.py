@@ -119,13 +119,13 @@ def calibration_pictures(entries: Sequence[Entry], pictures: Path) -> list[np.nd
 def run_ship(args: argparse.Namespace) -> int:
     """Export the averaged network of a checkpoint in float and in int8."""
     from tools.training.loop import load_average  # noqa: PLC0415
-    from tools.training.shipping import calibrated, exported, write  # noqa: PLC0415
+    from tools.training.shipping import exported, write  # noqa: PLC0415
 
     facts = json.loads(args.facts.read_bytes()) if args.facts else {}
     thresholds = facts.pop("thresholds", {"person": 0.4, "face": 0.4, "plate": 0.4})
     training, _ = divided(args.data, args.data / "labels.json")
     network = load_average(args.checkpoint)
-    shipped = exported(network, calibrated(network, calibration_pictures(training, args.data / "train")))
+    shipped = exported(network, calibration_pictures(training, args.data / "train"))
     for name, data in (("detector", shipped.int8), ("detector-float", shipped.real)):
         print(write(args.out, name, data, thresholds, facts))
     return 0

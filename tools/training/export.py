@@ -3,6 +3,10 @@
 The graph's input is the picture itself, uint8 (1, H, W, 3), its output float32 (1, N, classes * 5). In int8 the
 picture's bytes are the first convolution's quantised input (scale 1/255), weights are signed per channel and keep to
 +-64, so that CPUs without VNNI cannot saturate (255 * 64 * 2 < 2^15). The last convolution of each head stays float.
+
+A network is trained on RGB and shipped for the YCbCr that JPEG holds: the first convolution's weights take the
+conversion in, so that nobody has to do it for each pixel. Its input is (sample - 128) / 255 in all three planes; what
+it pads with is thus mid-grey, where zeros of RGB were black. RGB values that a decoder would clip are not clipped.
 """
 
 from __future__ import annotations
@@ -17,11 +21,15 @@ from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from tools.training.plan import INPUT, Concat, Conv, Layer, Merge, Pool, head_names
+from tools.training.rounding import rounded
 
 OPSET = 13  # first opset with per-channel QuantizeLinear
 IR_VERSION = 8
 WEIGHT_LIMIT = 64  # reduced range
-Weights = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+MIDDLE = 128  # of a sample: chroma without colour, and what is subtracted from luma too
+RGB_FROM_YCC = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])  # of Y, Cb - 128, Cr - 128: JFIF
+Convolution = tuple[NDArray[np.float32], NDArray[np.float32]]  # weight and bias
+Weights = Mapping[str, Convolution]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +47,10 @@ class Range:
 
 
 class _Graph:
-    """Collects nodes and constants under unique names."""
+    """Collects nodes and constants under unique names. `seen`: moments of what the first convolution sees."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: NDArray[np.float64] | None = None) -> None:
+        self.seen = seen
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
@@ -55,27 +64,65 @@ class _Graph:
 
 
 def float_model(layers: tuple[Layer, ...], weights: Weights, values: int) -> bytes:
-    """The network in float32, as ONNX bytes; `values` is the length of a cell."""
+    """The network, of `weights` for RGB in 0..1, in float32 as ONNX bytes; `values` is the length of a cell."""
     graph = _Graph()
     graph.add("Transpose", [INPUT], "planes", perm=[0, 3, 1, 2])
     graph.add("Cast", ["planes"], "cast", to=TensorProto.FLOAT)
-    graph.add("Mul", ["cast", graph.constant("unit", np.float32(1 / 255))], "scaled")
+    graph.add("Sub", ["cast", graph.constant("middle", np.float32(MIDDLE))], "centred")
+    graph.add("Mul", ["centred", graph.constant("unit", np.float32(1 / 255))], "scaled")
+    weights = _for_ycc(layers, weights)
     names = {INPUT: "scaled"}
     for layer in layers:
         names[layer.name] = _float_layer(graph, layer, names, weights)
     return _finish(graph, [names[name] for name in head_names()], values)
 
 
-def int8_model(layers: tuple[Layer, ...], weights: Weights, ranges: Mapping[str, Range], values: int) -> bytes:
-    """The network in int8 with float heads; `ranges` by layer name from calibration."""
-    graph = _Graph()
+def int8_model(
+    layers: tuple[Layer, ...],
+    weights: Weights,
+    ranges: Mapping[str, Range],
+    values: int,
+    together: NDArray[np.float64] | None = None,
+) -> bytes:
+    """The same in int8 with float heads; `ranges` by layer name from calibration.
+
+    `together` are the moments (tools.training.rounding) of what the first convolution sees; without, it is rounded
+    as all others are.
+    """
+    graph = _Graph(together)
     graph.add("Transpose", [INPUT], "planes", perm=[0, 3, 1, 2])
-    grids = {INPUT: (1 / 255, 0)}
+    grids = {INPUT: (1 / 255, MIDDLE)}
+    weights = _for_ycc(layers, weights)
     names = {INPUT: "planes"}
     for layer in layers:
         grids[layer.name] = _grid(layer, grids, ranges)
         names[layer.name] = _int8_layer(graph, layer, names, grids, weights)
     return _finish(graph, [names[name] for name in head_names()], values)
+
+
+def _for_ycc(layers: tuple[Layer, ...], weights: Weights) -> Weights:
+    """The weights with those of the convolutions that look at the picture changed."""
+    first = [layer.name for layer in layers if isinstance(layer, Conv) and layer.source == INPUT]
+    return {**weights, **{name: ycc_from_rgb(weights[name]) for name in first}}
+
+
+def ycc_from_rgb(convolution: Convolution) -> Convolution:
+    """Weight (O, 3, K, K) and bias for (sample - 128) / 255 of YCbCr that give what those for RGB in 0..1 give."""
+    weight, bias = convolution
+    changed = np.einsum("oikl,ij->ojkl", weight, RGB_FROM_YCC)
+    return changed.astype(np.float32), (bias + _grey(weight)).astype(np.float32)
+
+
+def rgb_from_ycc(convolution: Convolution) -> Convolution:
+    """The way back."""
+    changed, bias = convolution
+    weight = np.einsum("ojkl,ji->oikl", changed, np.linalg.inv(RGB_FROM_YCC))
+    return weight.astype(np.float32), (bias - _grey(weight)).astype(np.float32)
+
+
+def _grey(weight: NDArray[np.floating]) -> NDArray[np.float64]:
+    """What mid-grey gives, (O,): the middle of luma that is subtracted."""
+    return np.asarray(weight.sum(axis=(1, 2, 3), dtype=np.float64) * (MIDDLE / 255))
 
 
 def _float_layer(graph: _Graph, layer: Layer, names: Mapping[str, str], weights: Weights) -> str:
@@ -145,7 +192,7 @@ def _int8_conv(
         return _conv(graph, layer, [real, *_real_weights(graph, layer, weights)], layer.name)
     weight, bias = weights[layer.name]
     scales = weight_scales(weight)
-    steps = np.round(weight / scales[:, None, None, None]).astype(np.int8)
+    steps = _steps(weight / scales[:, None, None, None], graph.seen if layer.source == INPUT else None)
     bias_scales = (scales * grids[layer.source][0]).astype(np.float32)
     offsets = np.round(bias / bias_scales).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32)
     inputs = [
@@ -154,6 +201,12 @@ def _int8_conv(
         _real_constant(graph, offsets, bias_scales, f"{layer.name}.b"),
     ]
     return _quantised(graph, _conv(graph, layer, inputs, f"{layer.name}.sum"), grids[layer.name], layer.name)
+
+
+def _steps(exact: NDArray[np.float32], together: NDArray[np.float64] | None) -> NDArray[np.int8]:
+    if together is None:
+        return np.round(exact).astype(np.int8)
+    return rounded(exact.reshape(len(exact), -1), together, WEIGHT_LIMIT).reshape(exact.shape).astype(np.int8)
 
 
 def weight_scales(weight: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agent.redaction.detector import frame_of, prepared
+from agent.pictures.formats import Colour
+from agent.redaction.detector import converted, frame_of, prepared
 from agent.redaction.manifest import FORMAT, Input, Layout
 from tools.training.dataset import CLASSES
-from tools.training.export import Range, float_model, int8_model
+from tools.training.export import MIDDLE, Range, float_model, int8_model
 from tools.training.network import Network, folded
 from tools.training.plan import INPUT, STRIDES, VALUES_PER_CLASS, Conv, Merge
+from tools.training.rounding import moments
 
 TAIL = 1e-4  # share of a tensor's values beyond its calibrated range on each side
 SAMPLE = 20_000  # values kept of a tensor and picture for the percentiles
+PATCHES = 2_000  # of a picture, for the moments of the first convolution's inputs
+KERNEL = 3  # side of the first convolution's kernel
 
-GIVEN = Input(name=INPUT, long_side=1280, upscale=1.0)
+GIVEN = Input(name=INPUT, colour="YCbCr", long_side=1280, upscale=1.0)
+TAUGHT = msgspec.structs.replace(GIVEN, colour="RGB")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +43,8 @@ class Shipped:
     int8: bytes
 
 
-def calibrated(network: Network, pictures: Iterable[NDArray[np.uint8]], given: Input = GIVEN) -> dict[str, Range]:
-    """Each tensor's range over pictures (H, W, 3) RGB, prepared as the agent prepares them, cut at TAIL."""
+def calibrated(network: Network, pictures: Iterable[NDArray[np.uint8]], given: Input = TAUGHT) -> dict[str, Range]:
+    """Each tensor's range over pictures (H, W, 3) RGB, prepared as they are in training, cut at TAIL."""
     names = [layer.name for layer in network.layers if isinstance(layer, Conv | Merge)]
     samples: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
     rng = np.random.default_rng(0)
@@ -52,18 +58,31 @@ def calibrated(network: Network, pictures: Iterable[NDArray[np.uint8]], given: I
     return {name: _range(np.concatenate(parts)) for name, parts in samples.items()}
 
 
+def together(pictures: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
+    """Moments of what the first convolution sees of pictures (H, W, 3) RGB, as the agent prepares them."""
+    patches: list[NDArray[np.float64]] = []
+    rng = np.random.default_rng(0)
+    for picture in pictures:
+        ycc = converted(picture, Colour.RGB, Colour.YCC)
+        batch = prepared(ycc, frame_of(picture.shape[1], picture.shape[0], GIVEN), GIVEN)
+        seen = np.lib.stride_tricks.sliding_window_view(batch[0], (KERNEL, KERNEL), axis=(0, 1))
+        rows, columns = (rng.integers(0, size, PATCHES) for size in seen.shape[:2])
+        patches.append((seen[rows, columns].reshape(PATCHES, -1).astype(np.float64) - MIDDLE) / 255)
+    return moments(np.concatenate(patches))
+
+
 def _range(values: NDArray[np.float32]) -> Range:
     low, high = np.quantile(values, [TAIL, 1 - TAIL])
     return Range(low=float(low), high=float(high))
 
 
-def exported(network: Network, ranges: Mapping[str, Range]) -> Shipped:
-    """Float and int8 ONNX of an averaged network."""
+def exported(network: Network, pictures: Sequence[NDArray[np.uint8]]) -> Shipped:
+    """Float and int8 ONNX of an averaged network, the latter calibrated on pictures (H, W, 3) RGB."""
     weights = {name: (weight.numpy(), bias.numpy()) for name, (weight, bias) in folded(network).items()}
     values = network.shape.classes * VALUES_PER_CLASS
     return Shipped(
         real=float_model(network.layers, weights, values),
-        int8=int8_model(network.layers, weights, ranges, values),
+        int8=int8_model(network.layers, weights, calibrated(network, pictures), values, together(pictures)),
     )
 
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from agent.errors import AgentError
 from agent.redaction.manifest import read_manifest
+from tools.training.export import rgb_from_ycc
 from tools.training.network import Network
+from tools.training.plan import INPUT, Conv
 
 
 class StartError(AgentError, ValueError):
@@ -34,9 +36,21 @@ def weights_in(manifest: Path) -> dict[str, NDArray[np.float32]]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
+def _for_rgb(weights: dict[str, NDArray[np.float32]], network: Network) -> dict[str, NDArray[np.float32]]:
+    """The weights with those of the convolutions that look at the picture as training has them."""
+    changed = dict(weights)
+    for layer in network.layers:
+        names = f"{layer.name}.w", f"{layer.name}.b"
+        if isinstance(layer, Conv) and layer.source == INPUT and weights.keys() >= set(names):
+            changed |= zip(names, rgb_from_ycc((weights[names[0]], weights[names[1]])), strict=True)
+    return changed
+
+
 def start_from(network: Network, manifest: Path, batches: Iterable[NDArray[np.uint8]]) -> None:
     """Give the network a file's weights; `batches` (B, H, W, 3) RGB are what the norms are measured on."""
     weights = weights_in(manifest)
+    if read_manifest(manifest).input.colour == "YCbCr":
+        weights = _for_rgb(weights, network)
     fresh = {name: float(module.conv.weight.detach().std()) for name, module in network.convs.items()}
     for name, module in network.convs.items():
         weight, bias = (_tensor(weights, f"{name}.{part}", manifest) for part in "wb")
