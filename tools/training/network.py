@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from tools.training.plan import INPUT, Concat, Conv, Layer, Pool, Shape, head_names, plan
 
+GREY = 128 / 255  # what lies beyond the picture (tools.training.export)
 PRIOR = 0.01  # initial score of every cell, as in focal loss (arXiv 1708.02002, 4.1)
 
 
@@ -41,7 +42,7 @@ class Network(nn.Module):
 
     def _run(self, layer: Layer, known: dict[str, Tensor]) -> Tensor:
         if isinstance(layer, Conv):
-            result: Tensor = self.convs[layer.name](known[layer.source])
+            result: Tensor = self.convs[layer.name](_seen(layer, known[layer.source]))
             return result
         if isinstance(layer, Pool):
             return functional.max_pool2d(known[layer.source], 5, 1, 2)
@@ -50,10 +51,15 @@ class Network(nn.Module):
         return functional.relu(known[layer.lateral] + functional.interpolate(known[layer.deeper], scale_factor=2.0))
 
 
+def _seen(layer: Conv, tensor: Tensor) -> Tensor:
+    """What a convolution takes: the picture with mid-grey around it, as the shipped file has it; others bring zeros."""
+    return functional.pad(tensor, [layer.kernel // 2] * 4, value=GREY) if layer.source == INPUT else tensor
+
+
 def _module(layer: Conv) -> nn.Sequential:
     """`conv`, and with ReLU also `norm` and `relu`, as named children."""
     sequence = nn.Sequential()
-    padding = layer.kernel // 2
+    padding = 0 if layer.source == INPUT else layer.kernel // 2
     conv = nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, layer.stride, padding, bias=not layer.relu)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if layer.inputs == layer.outputs and layer.kernel == 3:
