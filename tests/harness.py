@@ -16,6 +16,7 @@ from paho.mqtt.properties import Properties
 from agent import assembly, status
 from agent.wire.envelope import unpack
 from tools.brokers import mosquitto
+from tools.witness import unbatched
 
 SHENZHEN = (22.6329, 114.0580)
 HONG_KONG = (22.3193, 114.1694)
@@ -25,11 +26,12 @@ REGIONS = {"cn": "CN", "hk": "HK"}
 
 @dataclass
 class Received:
-    """One message as a subscriber on a regional broker saw it."""
+    """One record as a subscriber on a regional broker saw it; `company`: how many came in its PUBLISH."""
 
     region: str
     topic: str
     payload: bytes
+    company: int = 1
 
     @property
     def envelope(self):
@@ -96,10 +98,10 @@ class Car:
     def log(self):
         return (self.folder / "agent.log").read_text()
 
-    def configure(self, *, agent="", policy="", rules=None):
-        """Write both files; `agent` and `policy` are appended."""
+    def configure(self, *, agent="", policy="", rules=None, endpoint=""):
+        """Write both files; `agent` and `policy` are appended, `endpoint` is in the table of each endpoint."""
         endpoints = "".join(
-            f'[endpoints.{name}]\nhost = "127.0.0.1"\nport = {broker.port}\ntls = false\n'
+            f'[endpoints.{name}]\nhost = "127.0.0.1"\nport = {broker.port}\ntls = false\n{endpoint}\n'
             f'[permit.{name}]\npicture = ["{name}"]\ntelemetry = ["{name}"]\n[regions.{name}]\n'
             f'countries = ["{REGIONS[name]}"]\n'
             for name, broker in self.outer.items()
@@ -228,8 +230,11 @@ async def car(folder, regions=("cn", "hk"), lines=()):
         for name, broker in outer.items():
 
             def on_message(_client, _userdata, message, name=name):
-                received = Received(region=name, topic=message.topic, payload=bytes(message.payload))
-                loop.call_soon_threadsafe(made.received.append, received)
+                found = unbatched(bytes(message.payload), getattr(message.properties, "ContentType", None))
+                received = [
+                    Received(region=name, topic=message.topic, payload=payload, company=len(found)) for payload in found
+                ]
+                loop.call_soon_threadsafe(made.received.extend, received)
 
             subscriber = Client(broker.port, f"subscriber-{name}", on_message)
             stack.callback(subscriber.close)

@@ -16,7 +16,7 @@ from paho.mqtt.properties import Properties
 
 from agent.messages import Basis
 from agent.mqtt.packets import Outgoing
-from agent.wire import envelope
+from agent.wire import batch, envelope
 from agent.wire.addressing import DEFAULT_TEMPLATE, topic
 from agent.wire.envelope import Attributes, Signer, pack, properties, unpack
 from agent.wire.signing import key_id_of
@@ -90,6 +90,18 @@ def outgoing_packed(packed: bytes, *, wire: str = "msgpack", vehicle: str = "car
         payload=opened.data if binary else packed,
         content_type=opened.attributes.datacontenttype if binary else envelope.CONTENT_TYPE,
         properties=properties(opened.attributes, opened.signature if binary else None),
+    )
+
+
+def batched(records: Iterable[Outgoing], *, compress: bool = True) -> Outgoing:
+    """The PUBLISH of a batch of these records, as the agent's uplink makes it."""
+    found = list(records)
+    opened = unpack(found[0].payload)
+    return Outgoing(
+        topic=found[0].topic,
+        payload=batch.pack([one.payload for one in found], batch.compressor() if compress else None),
+        content_type=batch.ZSTD_CONTENT_TYPE if compress else batch.CONTENT_TYPE,
+        properties=[("dataregion", ",".join(opened.attributes.dataregion))],
     )
 
 

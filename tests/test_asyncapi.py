@@ -11,7 +11,7 @@ import pytest
 import stream
 from consumers import judged_by_the_official_parser, read_by_node
 
-from agent.wire import asyncapi, presence
+from agent.wire import asyncapi, batch, presence
 from agent.wire.addressing import check_template
 from agent.wire.attributes import NAMES, texts
 from agent.wire.envelope import CONTENT_TYPE, PAYLOAD_TYPE
@@ -47,7 +47,12 @@ def test_the_schema_names_exactly_the_attributes_that_the_code_writes():
 
 def test_the_document_names_the_types_that_the_code_writes():
     made = asyncapi.document(asyncapi.schemas())
-    assert made["components"]["messages"]["envelope"]["contentType"] == CONTENT_TYPE
+    messages = made["components"]["messages"]
+    assert messages["envelope"]["contentType"] == CONTENT_TYPE
+    assert messages["batch"]["contentType"] == batch.CONTENT_TYPE
+    assert messages["compressed"]["contentType"] == batch.ZSTD_CONTENT_TYPE
+    bounds = made["components"]["schemas"]["batch"]
+    assert (bounds["minItems"], bounds["maxItems"]) == (batch.FEWEST_RECORDS, batch.MAX_RECORDS)
     assert made["components"]["schemas"]["envelope"]["properties"]["payloadType"] == {"const": PAYLOAD_TYPE}
     assert made["components"]["schemas"]["presence"]["properties"]["type"]["enum"] == list(presence.TYPES.values())
 
@@ -84,6 +89,8 @@ def _undescribed():
         _line(sent.topic, sent.content_type, short, sent.payload),
         _line(sent.topic, sent.content_type, wrong, sent.payload),
         _line(sent.topic, CONTENT_TYPE, sent.properties, b"\x80"),
+        _line(sent.topic, batch.CONTENT_TYPE, [("dataregion", "cn")], b"\x91\xc4\x01x"),
+        _line(sent.topic, batch.CONTENT_TYPE, [], b"\x92\xc4\x01x\xc4\x01x"),
         _line("alone", sent.content_type, sent.properties, sent.payload),
     ]
 
@@ -106,12 +113,16 @@ async def test_the_official_parser_accepts_the_document_and_the_document_exactly
     ]
     async with mosquitto() as broker:
         lines += await read_by_node(broker.port, public_key, records)
+    batches = [stream.batched(records[:1] * 3, compress=compress) for compress in (False, True)]
+    lines += [_line(one.topic, one.content_type, one.properties, one.payload) for one in batches]
     verdict = await judged_by_the_official_parser(document, lines + _undescribed())
     assert [one for one in verdict["diagnostics"] if one["severity"] < 2] == []
-    assert verdict["messages"][:7] == [
+    assert verdict["messages"][:9] == [
         *[["presence", "presence", []]] * 2,
         ["status", "presence", []],
         *[["records", "envelope", []]] * 2,
         *[["records", "binary", []]] * 2,
+        ["records", "batch", []],
+        ["records", "compressed", []],
     ]
-    assert all(errors for _channel, _message, errors in verdict["messages"][7:])
+    assert all(errors for _channel, _message, errors in verdict["messages"][9:])

@@ -1,7 +1,8 @@
 """Golden files fix the bytes: a change that breaks readers in the field breaks this first.
 
-`records.json` says what each `*.msgpack` beside it holds; readers in other languages may use both as test vectors. A
-file here is never edited: a new wire format gets new files, and the old ones must still be read.
+`records.json` says what each `*.msgpack` beside it holds, and `batch.msgpack` is the batch of all of them in its order;
+readers in other languages may use all as test vectors. A file here is never edited: a new wire format gets new files,
+and the old ones must still be read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.errors import EnvelopeError
+from agent.wire import batch
 from agent.wire.attributes import from_texts, texts
 from agent.wire.envelope import PAYLOAD_TYPE, Signer, from_binary, pack, properties, unpack, verify
 from agent.wire.signing import public_keys
@@ -52,6 +54,15 @@ def test_these_bytes_are_still_read(record):
     else:
         with pytest.raises(EnvelopeError, match="unsigned"):
             verify(envelope, KEYS)
+
+
+def test_the_batch_of_all_of_them_is_written_and_read_as_these_bytes():
+    envelopes = [_bytes(record) for record in GOLDEN["records"]]
+    golden = (FOLDER / "batch.msgpack").read_bytes()
+    assert batch.pack(envelopes) == golden
+    assert batch.unpack(golden, batch.CONTENT_TYPE) == envelopes
+    compressed = (FOLDER / "batch.msgpack.zst").read_bytes()
+    assert batch.unpack(compressed, batch.ZSTD_CONTENT_TYPE) == envelopes, "its bytes are the library's"
 
 
 def test_the_signed_type_is_the_one_that_the_golden_files_were_signed_as():

@@ -5,15 +5,17 @@ import io
 import msgpack
 import numpy as np
 import pytest
+import zstandard
 from PIL import Image
 
+from agent.wire import batch
 from tools.demo import BUNDLED
 from tools.importing.truth import ATTACHMENT, Truth
 from tools.judge import STATES, Judge, Sent, claimed, judge_counts
 from tools.pixels import constant_share, covered, decode, nearest, thumbnail
 from tools.recording import contents, messages
 from tools.scene import permitted
-from tools.witness import Seen, WitnessError, opened
+from tools.witness import Seen, WitnessError, opened, unbatched
 
 SPEED = Sent(topic="vehicle/telemetry/speed", payload=b'{"ts":1.0,"kmh":50}', country="CN")
 LOCATION = Sent(topic="vehicle/gnss", payload=b'{"ts":1.0,"lat":22.4}', country="HK")
@@ -147,6 +149,18 @@ def test_claims_are_read_and_nonsense_is_an_error():
 def test_envelope_of_another_shape_is_a_testimony_error(payload):
     with pytest.raises(WitnessError):
         opened(Seen(broker="cn", topic="t", payload=payload, time_ns=0))
+
+
+def test_batch_is_taken_apart_by_its_content_type_or_where_that_is_lost_by_its_bytes():
+    members = [msgpack.packb({"n": number}) for number in range(3)]
+    plain = msgpack.packb(members)
+    small = zstandard.ZstdCompressor().compress(plain)
+    for content_type, payload in ((batch.CONTENT_TYPE, plain), (batch.ZSTD_CONTENT_TYPE, small)):
+        assert unbatched(payload, content_type) == members
+        assert unbatched(payload, None) == members
+        assert unbatched(payload, "application/octet-stream") == [payload], "data of a record in binary mode"
+    for other in (b"", b"\xc1", members[0], msgpack.packb([1, 2]), small[:-1], b'{"n": 1}', b"\xff\xd8\xff\xe0"):
+        assert unbatched(other, None) == [other]
 
 
 def test_record_in_binary_mode_has_its_attributes_in_the_user_properties():

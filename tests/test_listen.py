@@ -83,6 +83,39 @@ async def test_bad_records_are_reported_and_never_stored(keys, tmp_path):
     assert not any(b"from elsewhere" in path.read_bytes() for path in out.rglob("*") if path.is_file())
 
 
+@needs_mosquitto
+async def test_records_of_batches_are_stored_and_refused_one_by_one(keys, tmp_path):
+    out, count = tmp_path / "out", 600
+    good = [stream.outgoing(stream.record(number), stream.data_of(number)) for number in range(count)]
+    forged = stream.outgoing(stream.record(count), b"", signer=stream.STRANGER)
+    torn = stream.batched(good[:3])
+    messages = [
+        *(stream.batched(good[at : at + 200], compress=at > 0) for at in range(0, count, 200)),
+        stream.batched([*good[:10], forged]),
+        dataclasses.replace(torn, payload=torn.payload[:-1]),
+        stream.outgoing(stream.record(count + 1), b"{}"),
+    ]
+    async with mosquitto(config_lines=SUBSCRIPTIONS) as broker, asyncio.timeout(SECONDS):
+        ending = asyncio.create_task(
+            _listened(_command(broker.port, keys, "--name", "a", "--count", count + 1, "--out", out))
+        )
+        await subscribed(broker, "+/+/#")
+        await asyncio.to_thread(stream.publish, broker.port, messages)
+        figures, status, _ = await ending
+    assert status == 1
+    assert (figures["verdicts"]["good"], figures["refused"]) == (count + 11, 2)
+    assert (figures["verdicts"]["forged"], figures["verdicts"]["malformed"]) == (1, 1)
+    region = figures["regions"]["cn"]
+    assert (region["good"], region["duplicates"], region["missing"]) == (count + 1, 10, 1)
+    stored = _stored(out)
+    assert sorted(int(line["sequence"]) for line in stored) == [*range(count), count + 1]
+    refusals = stream.lines(out / "refused-a.jsonl")
+    assert sorted((line["verdict"], line["id"] is None) for line in refusals) == [
+        ("forged", False),
+        ("malformed", True),
+    ]
+
+
 def _seen(folder):
     """How many records the listeners of a folder have taken together."""
     path = folder / ".listen.sqlite"

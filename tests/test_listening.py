@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from agent.mqtt.packets import Outgoing
-from agent.wire import presence
+from agent.wire import batch, presence
 from agent.wire.attributes import texts
 from agent.wire.envelope import CONTENT_TYPE, unpack
 from tools.listening.board import Board
 from tools.listening.files import StoreError, needed, partition, store
 from tools.listening.inbox import Arrival, Inbox, Roll, Row
-from tools.listening.judging import Verdict, judge
+from tools.listening.judging import Verdict, judge, judge_all
 
 JPEG = b"\xff\xd8\xff\xe0picture\xff\xd9"
 
@@ -68,6 +68,59 @@ def test_junk_is_malformed_and_birth_is_a_notice():
     for content_type in (None, CONTENT_TYPE, presence.CONTENT_TYPE):
         sent = Outgoing(topic="cn/a/b", payload=born.payload, content_type=content_type)
         assert _judged(sent).verdict is (Verdict.NOTICE if content_type == presence.CONTENT_TYPE else Verdict.MALFORMED)
+
+
+def _all_judged(sent, expectations=stream.HERE):
+    return judge_all(sent.topic, sent.payload, sent.content_type, tuple(sent.properties), expectations)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_every_record_of_a_batch_is_judged_as_if_it_had_come_alone(compress):
+    records = [
+        stream.outgoing(stream.record(0), stream.data_of(0)),
+        stream.outgoing(stream.record(1), b"", signer=stream.STRANGER),
+        stream.outgoing(stream.record(2), b"", signer=None),
+        Outgoing(topic="cn/car-7/x", payload=b"junk"),
+        stream.outgoing(stream.record(3), stream.data_of(3)),
+    ]
+    sent = stream.batched(records, compress=compress)
+    expected = [Verdict.GOOD, Verdict.FORGED, Verdict.UNSIGNED, Verdict.MALFORMED, Verdict.GOOD]
+    for content_type in (sent.content_type, None):
+        found = _all_judged(dataclasses.replace(sent, content_type=content_type))
+        assert [one.verdict for one in found] == expected
+        assert [one.envelope.data for one in found if one.verdict is Verdict.GOOD] == [
+            stream.data_of(0),
+            stream.data_of(3),
+        ]
+    [alone] = _all_judged(records[0])
+    assert alone == _judged(records[0])
+
+
+def test_record_whose_region_is_not_that_of_its_batch_is_refused_and_the_others_are_not():
+    records = [
+        stream.outgoing(stream.record(number, regions=(region,)), b"") for number, region in ((0, "cn"), (1, "hk"))
+    ]
+    first, second = _all_judged(stream.batched(records))
+    assert first.verdict is Verdict.GOOD
+    assert (second.verdict, second.detail) == (
+        Verdict.MALFORMED,
+        "dataregion: the user property is not what the envelope says",
+    )
+
+
+def test_batch_that_cannot_be_read_is_one_refusal():
+    sent = stream.batched([stream.outgoing(stream.record(number), b"") for number in range(4)])
+    cases = {
+        "unused data": dataclasses.replace(sent, payload=sent.payload + b"\0"),
+        "not a zstd frame": dataclasses.replace(sent, payload=b"junk"),
+        "not a msgpack array": dataclasses.replace(sent, payload=b"junk", content_type=batch.CONTENT_TYPE),
+    }
+    for reason, changed in cases.items():
+        [found] = _all_judged(changed)
+        assert found.verdict is Verdict.MALFORMED
+        assert reason in found.detail
+    [found] = _all_judged(sent, dataclasses.replace(stream.HERE, max_bytes=len(sent.payload)))
+    assert "the limit is" in found.detail
 
 
 def test_without_keys_the_signature_is_not_looked_at_but_the_region_is():

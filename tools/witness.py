@@ -12,11 +12,15 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]  # it ships no annotations
 import paho.mqtt.client as paho
+import zstandard
 
 from agent.errors import AgentError
 from tools.client import Address, connected, from_paho, new_client
 
 ABOUT_THE_AGENT = "residency-agent/"  # the agent's own presence and status, not records
+BATCH = "application/vnd.residency-agent.batch+msgpack"  # the beginning of a batch's Content Type
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+BATCH_BYTES = 16 << 20  # of a batch at most; the agent's are far smaller
 
 
 class WitnessError(AgentError, ValueError):
@@ -25,7 +29,7 @@ class WitnessError(AgentError, ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """One publication as a regional broker gave it to the witness."""
+    """One record as a regional broker gave it to the witness; those of a batch have its topic and properties."""
 
     broker: str
     topic: str
@@ -52,14 +56,12 @@ class Witness:
 
     def on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         """Keep one publication."""
-        seen = Seen(
-            broker=self.broker,
-            topic=message.topic,
-            payload=bytes(message.payload),
-            time_ns=time.time_ns(),
-            properties=from_paho(message.properties).user,
-        )
-        (self.others if message.topic.startswith(ABOUT_THE_AGENT) else self.records).append(seen)
+        properties, now_ns = from_paho(message.properties), time.time_ns()
+        kept = self.others if message.topic.startswith(ABOUT_THE_AGENT) else self.records
+        kept += [
+            Seen(broker=self.broker, topic=message.topic, payload=payload, time_ns=now_ns, properties=properties.user)
+            for payload in unbatched(bytes(message.payload), properties.content_type)
+        ]
 
 
 @contextmanager
@@ -70,6 +72,22 @@ def witness(broker: str, address: Address) -> Iterator[Witness]:
     client.on_message = found.on_message
     with connected(client, address, on_connected=lambda own: own.subscribe("#", qos=1)):
         yield found
+
+
+def unbatched(payload: bytes, content_type: str | None) -> list[bytes]:
+    """The records of a publication; it is one itself, if it is no batch, or none that can be read."""
+    if content_type is not None and not content_type.startswith(BATCH):
+        return [payload]
+    try:
+        whole = payload
+        if payload.startswith(ZSTD_MAGIC):
+            with zstandard.ZstdDecompressor().stream_reader(payload) as stream:
+                whole = stream.read(BATCH_BYTES)
+        found = msgpack.unpackb(whole)
+    except (ValueError, msgpack.UnpackException, zstandard.ZstdError):
+        return [payload]
+    is_batch = isinstance(found, list) and all(isinstance(one, bytes) for one in found)
+    return found if is_batch else [payload]
 
 
 def opened(seen: Seen) -> Opened:

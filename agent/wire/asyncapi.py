@@ -1,4 +1,4 @@
-"""The AsyncAPI 3.0 document of the stream: what a backend receives on an endpoint, in either wire mode.
+"""The AsyncAPI 3.0 document of the stream: what a backend receives on an endpoint, in either wire mode, or in batches.
 
 `document` is a function of the schemas beside this package's data, the topic template and the agent's version; JSON is
 YAML, so every AsyncAPI tool reads it.
@@ -13,11 +13,11 @@ from importlib import resources
 from typing import Any
 
 from agent import __version__
-from agent.wire import presence
+from agent.wire import batch, presence
 from agent.wire.addressing import DEFAULT_TEMPLATE, PLACEHOLDERS, PRESENCE_TEMPLATE, STATUS_TEMPLATE
 from agent.wire.envelope import CONTENT_TYPE
 
-SCHEMAS = ("attributes", "envelope", "presence")
+SCHEMAS = ("attributes", "batch", "envelope", "presence")
 _PARAMETERS = {
     "region": "The attribute dataregion; several candidates are joined by commas.",
     "vehicle": "The vehicle's pseudonymous name.",
@@ -74,7 +74,7 @@ def _server() -> Json:
 
 def _channels(template: str) -> Json:
     return {
-        "records": _channel(template, ["envelope", "binary"]),
+        "records": _channel(template, ["envelope", "binary", "batch", "compressed"]),
         "presence": _channel(PRESENCE_TEMPLATE, ["presence"]),
         "status": _channel(STATUS_TEMPLATE, ["presence"]),
     }
@@ -111,6 +111,22 @@ def _messages() -> Json:
             "headers": {"$ref": "#/components/schemas/binaryattributes"},
             "payload": binary,
         },
+        "batch": {
+            "title": "Several records, wire mode msgpack with batches",
+            "contentType": batch.CONTENT_TYPE,
+            "headers": {"$ref": "#/components/schemas/batchattributes"},
+            "payload": {"$ref": "#/components/schemas/batch"},
+        },
+        "compressed": {
+            "title": "Several records, as one zstd frame",
+            "contentType": batch.ZSTD_CONTENT_TYPE,
+            "headers": {"$ref": "#/components/schemas/batchattributes"},
+            "payload": {
+                "type": "string",
+                "format": "binary",
+                "description": "One zstd frame (RFC 8878) with its content size: a payload of the message batch.",
+            },
+        },
         "presence": {
             "title": "Birth, death or status",
             "contentType": presence.CONTENT_TYPE,
@@ -124,6 +140,12 @@ def _components(found: Mapping[str, Json]) -> Json:
     made = {name: _moved(found[name], f"#/components/schemas/{name}/definitions/") for name in SCHEMAS}
     made["binaryattributes"] = copy.deepcopy(made["attributes"])
     made["binaryattributes"]["properties"] |= _SIGNATURE
+    made["batchattributes"] = {
+        "type": "object",
+        "description": "What all records of the batch have in common; refuse a record that it contradicts.",
+        "required": [batch.PROPERTY],
+        "properties": {batch.PROPERTY: copy.deepcopy(made["attributes"]["properties"][batch.PROPERTY])},
+    }
     return made
 
 

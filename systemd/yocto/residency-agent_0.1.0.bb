@@ -22,6 +22,7 @@ RDEPENDS:${PN} = "\
     python3-paho-mqtt \
     python3-pillow \
     python3-prometheus-client \
+    python3-zstandard \
 "
 RRECOMMENDS:${PN} = "mosquitto ca-certificates"
 

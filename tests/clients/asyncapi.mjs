@@ -28,7 +28,7 @@ function matches(address, topic) {
 
 function payloadOf(contentType, payload) {
   if (contentType?.endsWith("+json")) return JSON.parse(payload);
-  return contentType?.endsWith("envelope+msgpack") ? asText(decode(payload)) : payload.toString("latin1");
+  return /\b(envelope|batch)\+msgpack$/.test(contentType) ? asText(decode(payload)) : payload.toString("latin1");
 }
 
 function errors(schema, value) {

@@ -10,15 +10,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from agent import topics
 from agent.errors import EnvelopeError
-from agent.wire import presence
+from agent.wire import batch, presence
 from agent.wire.addressing import PRESENCE_TEMPLATE, STATUS_TEMPLATE
-from agent.wire.envelope import MAX_ENVELOPE_BYTES, Envelope, received, verify
+from agent.wire.envelope import CONTENT_TYPE, MAX_ENVELOPE_BYTES, Envelope, received, verify
 
 _NOTICES = tuple(template.format(vehicle="+") for template in (PRESENCE_TEMPLATE, STATUS_TEMPLATE))
 
 
 class Verdict(StrEnum):
-    """Every received message gets exactly one."""
+    """Every received message gets exactly one, but for a batch: there every record gets one."""
 
     GOOD = "good"
     NOTICE = "notice"
@@ -53,6 +53,23 @@ class Judgement:
     detail: str = ""
 
 
+def judge_all(
+    topic: str,
+    payload: bytes,
+    content_type: str | None,
+    user_properties: tuple[tuple[str, str], ...],
+    expectations: Expectations,
+) -> list[Judgement]:
+    """Judge one message: each record of a batch as if it had come alone; a batch that cannot be read is one refusal."""
+    if _is_notice(topic, content_type) or not batch.is_batch(payload, content_type):
+        return [judge(topic, payload, content_type, user_properties, expectations)]
+    try:
+        members = batch.unpack(payload, content_type, expectations.max_bytes)
+    except EnvelopeError as exc:
+        return [Judgement(verdict=Verdict.MALFORMED, detail=str(exc))]
+    return [judge(topic, member, CONTENT_TYPE, user_properties, expectations) for member in members]
+
+
 def judge(
     topic: str,
     payload: bytes,
@@ -60,8 +77,11 @@ def judge(
     user_properties: tuple[tuple[str, str], ...],
     expectations: Expectations,
 ) -> Judgement:
-    """Judge one message; the signature comes before the region, for without it nothing in the record is known."""
-    if content_type == presence.CONTENT_TYPE or any(topics.matches(notice, topic) for notice in _NOTICES):
+    """Judge one message that is no batch; the signature comes before the region.
+
+    For without it nothing in the record is known.
+    """
+    if _is_notice(topic, content_type):
         return Judgement(verdict=Verdict.NOTICE)
     try:
         envelope = received(payload, content_type, user_properties, expectations.max_bytes)
@@ -78,3 +98,7 @@ def judge(
         detail = f"{attributes.dataclassification} captured in {','.join(attributes.dataregion)} must not be here"
         return Judgement(verdict=Verdict.MISPLACED, envelope=envelope, detail=detail)
     return Judgement(verdict=Verdict.GOOD, envelope=envelope)
+
+
+def _is_notice(topic: str, content_type: str | None) -> bool:
+    return content_type == presence.CONTENT_TYPE or any(topics.matches(notice, topic) for notice in _NOTICES)

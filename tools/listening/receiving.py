@@ -1,7 +1,8 @@
 """The loop of a listener: receive, judge, keep, acknowledge, and now and then write files.
 
 Invariants:
-- A PUBACK goes out only after the record is in the inbox (fsync), or its refusal is counted and written down.
+- A PUBACK goes out only after the record is in the inbox (fsync), or its refusal is counted and written down; that of
+  a batch after all of its records.
 - Refused messages are acknowledged too: sent again they would be no better. They never reach a file of records.
 """
 
@@ -11,7 +12,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -23,9 +24,9 @@ from agent.mqtt.packets import Delivery, Session
 from tools.listening.board import Board
 from tools.listening.files import store
 from tools.listening.inbox import Arrival, Inbox
-from tools.listening.judging import REFUSED, Expectations, Judgement, Verdict, judge
+from tools.listening.judging import REFUSED, Expectations, Judgement, Verdict, judge_all
 
-BATCH = 512  # records per transaction
+BATCH = 512  # messages at a time; records per transaction, or a batch of them more
 GAP_SECONDS = 0.002  # a batch ends where nothing follows for so long: the broker may wait for our PUBACKs
 TICK_SECONDS = 0.25  # how often an idle listener looks at its timers
 QUEUE_BYTES = 64 << 20
@@ -141,27 +142,35 @@ class Listener:
         return batch
 
     def _keep(self, batch: list[Delivery]) -> None:
+        """Keep all that is good; where batches came, in several transactions, so that memory stays bounded."""
         arrivals: list[Arrival] = []
         for delivery in batch:
-            judgement = judge(
-                delivery.topic,
-                delivery.payload,
-                delivery.content_type,
-                delivery.properties,
-                self.options.expectations,
-            )
+            arrivals += self._judged(delivery)
+            if len(arrivals) >= BATCH:
+                self._keep_good(arrivals)
+                arrivals = []
+        self._keep_good(arrivals)
+
+    def _judged(self, delivery: Delivery) -> Iterator[Arrival]:
+        """The good records of a message; all others are counted and written down."""
+        found = judge_all(
+            delivery.topic, delivery.payload, delivery.content_type, delivery.properties, self.options.expectations
+        )
+        for judgement in found:
             self.board.judged(delivery.topic, judgement)
             if judgement.verdict in REFUSED:
                 self._log(delivery, judgement)
             elif judgement.verdict is Verdict.GOOD and judgement.envelope is not None:
-                arrivals.append(Arrival(topic=delivery.topic, envelope=judgement.envelope))
+                yield Arrival(topic=delivery.topic, envelope=judgement.envelope)
+
+    def _keep_good(self, arrivals: list[Arrival]) -> None:
         now_ns = time.time_ns()
         for arrival, fresh in zip(arrivals, self.inbox.take(arrivals), strict=True):
             self.board.took(arrival.envelope, fresh=fresh, now_ns=now_ns)
             self._spooled += fresh
 
     def _log(self, delivery: Delivery, judgement: Judgement) -> None:
-        """Write a refusal down: what it claims and its digest, never its data."""
+        """Write a refusal down: what it claims and the digest of its message, never its data."""
         if self.options.output is None or self._logged >= REFUSALS_LOGGED:
             return
         self._logged += 1

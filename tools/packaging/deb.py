@@ -54,6 +54,8 @@ UNUSED = (
     "onnxruntime/quantization",
     "onnxruntime/tools",
     "onnxruntime/transformers",
+    "zstandard/_cffi.*.so",  # for other interpreters than CPython
+    "zstandard/backend_cffi.py",
 )
 """What no gateway runs, relative to site-packages; a test runs the agent without it."""
 

@@ -20,8 +20,8 @@ from typing import Any
 from tools.packaging.targets import ALL, PackagingError, Target
 
 SELF = "residency-agent"
-EXTRAS = ("metrics",)
-"""Optional parts that a gateway gets; the exporter is 0.3 MB of pure Python."""
+EXTRAS = ("metrics", "zstd")
+"""Optional parts that a gateway gets: the exporter is 0.3 MB of pure Python; zstd is 12 MB, and saves more by radio."""
 
 SPDX = {"MIT License": "MIT", "3-Clause BSD License": "BSD-3-Clause", "Apache 2.0": "Apache-2.0"}
 """Metadata that is older than licence expressions -> SPDX."""
