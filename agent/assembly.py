@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -79,7 +80,7 @@ def load(file: Path) -> Setup:
     except InvalidConfigError as exc:
         mistakes += exc.mistakes
     else:
-        mistakes += _between(config, policy, file)
+        mistakes += [*_between(config, policy, file), *_not_installed(policy, policy_file)]
         if keys and not policy.config.serial:
             mistakes.append(ConfigError(policy_file, "serial", 0, "at least 1 in a policy that has to be signed"))
     mistakes += [*_intake(config, file), *_status_topic(config, file)]
@@ -131,6 +132,14 @@ def _status_topic(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
         for topic_filter in taken:
             if topics.matches(topic_filter, topic):
                 yield ConfigError(file, "status.topic", topic, f"a topic that {topic_filter} does not take in")
+
+
+def _not_installed(policy: Policy, file: Path) -> Iterator[ConfigError]:
+    """What an endpoint asks for and this installation has not."""
+    for name, endpoint in policy.endpoints.items():
+        if endpoint.batch_compression == "zstd" and importlib.util.find_spec("zstandard") is None:
+            wanted = "none; or install what it needs: pip install 'residency-agent[zstd]'"
+            yield ConfigError(file, f"endpoints.{name}.batch_compression", endpoint.batch_compression, wanted)
 
 
 def _between(config: AgentConfig, policy: Policy, file: Path) -> Iterator[ConfigError]:

@@ -33,7 +33,8 @@ from agent.reload import Reloader
 from agent.store.committer import CommitOptions, Committer
 from agent.store.ledger import Ledger
 from agent.uplink.group import UplinkGroup
-from agent.uplink.uplink import Uplink, UplinkOptions
+from agent.uplink.options import UplinkOptions
+from agent.uplink.uplink import Uplink
 
 log = logging.getLogger(__name__)
 E = TypeVar("E", bound=BaseException)

@@ -187,6 +187,9 @@ class Policy:
         used = {name for row in self._permit.values() for name in row}
         for name in sorted(self.config.endpoints.keys() - used):
             yield f"endpoints.{name} is permitted to no region"
+        for name, endpoint in sorted(self.config.endpoints.items()):
+            if endpoint.batch_compression != "none" and endpoint.batch_records == 1:
+                yield f"endpoints.{name}.batch_compression does nothing while batch_records is 1"
 
 
 def is_loopback(host: str) -> bool:
@@ -262,6 +265,9 @@ def _endpoint_mistakes(key: str, endpoint: Endpoint, file: Path | str) -> Iterat
         yield ConfigError(file, f"{key}.tls", False, "true: only loopback may go without TLS")  # noqa: FBT003 - the value found
     if endpoint.wire == "binary" and endpoint.protocol != "5":
         yield ConfigError(file, f"{key}.wire", endpoint.wire, "msgpack: binary needs the user properties of MQTT 5")
+    if endpoint.batch_records > 1 and (endpoint.wire, endpoint.protocol) != ("msgpack", "5"):
+        wanted = '1: a batch needs wire = "msgpack" and protocol = "5"'
+        yield ConfigError(file, f"{key}.batch_records", endpoint.batch_records, wanted)
     mistake = check_template(endpoint.topic)
     if mistake:
         yield ConfigError(file, f"{key}.topic", endpoint.topic, mistake)

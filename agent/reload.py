@@ -32,7 +32,7 @@ from agent.pipeline import Pipeline
 from agent.redaction.pool import RedactionPool
 from agent.store.entries import Noted
 from agent.uplink.group import Start, UplinkGroup
-from agent.uplink.uplink import UplinkOptions
+from agent.uplink.options import UplinkOptions
 from agent.wire.signing import Signer
 
 log = logging.getLogger(__name__)

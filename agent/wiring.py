@@ -24,8 +24,8 @@ from agent.settings.field_config import field_rules
 from agent.store.entries import LedgerLimits
 from agent.topics import covers
 from agent.uplink.egress import PeerRules
+from agent.uplink.options import UplinkOptions
 from agent.uplink.presence import PresenceOptions
-from agent.uplink.uplink import UplinkOptions
 from agent.wire.signing import Signer
 
 SECOND = 10**9
@@ -236,6 +236,8 @@ def uplink(setup: Setup, name: str, key_id: str | None = None) -> UplinkOptions:
         peer=peer,
         topic=endpoint.topic,
         wire=endpoint.wire,
+        batch_records=endpoint.batch_records,
+        batch_compression=endpoint.batch_compression,
         in_flight=endpoint.in_flight,
         ack_timeout_s=endpoint.ack_timeout_s,
         presence=_presence(setup, key_id) if endpoint.presence else None,

@@ -19,7 +19,9 @@ from agent.store.committer import CommitOptions, Committer
 from agent.store.entries import LedgerLimits, Store
 from agent.store.ledger import Ledger
 from agent.uplink.egress import PeerRules
-from agent.uplink.uplink import Uplink, UplinkOptions
+from agent.uplink.options import UplinkOptions
+from agent.uplink.uplink import Uplink
+from agent.wire import batch
 from agent.wire.envelope import pack, unpack
 
 HOUR_NS = 3600 * 10**9
@@ -61,6 +63,14 @@ def record(number, *, route=("a",), priority=Priority.LIVE, size=40, ttl_ns=HOUR
 def number_of(payload):
     """The number of the record that a broker got."""
     return int(unpack(payload).data.split(b".")[0])
+
+
+def numbers_of(publish):
+    """The numbers of the records in a PUBLISH that a broker got."""
+    content_type = publish.properties.get(0x03, b"").decode() or None
+    if batch.is_batch(publish.payload, content_type):
+        return [number_of(member) for member in batch.unpack(publish.payload, content_type)]
+    return [number_of(publish.payload)]
 
 
 @dataclass

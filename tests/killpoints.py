@@ -1,7 +1,7 @@
 """Runs the agent and kills it with SIGKILL at one step of the line: KILLPOINT=name:count python killpoints.py ARGS...
 
-The steps are wrapped from outside; the product knows nothing of it. `POINTS` names each step, and whether the kill
-comes before or after the wrapped call.
+The steps are wrapped from outside; the product knows nothing of it. `POINTS` and `BATCH_POINTS` name each step,
+and whether the kill comes before or after the wrapped call.
 """
 
 import asyncio
@@ -35,6 +35,14 @@ POINTS = {
     "sweep": ("agent.store.ledger", "Ledger.sweep", "after"),
     "status written": ("agent.status", "write", "before"),
 }
+BATCH_POINTS = {
+    "batch put together": ("agent.uplink.loading", "Loading.next", "after"),
+    "batch published": ("agent.uplink.outlet", "Outlet.publish_batch", "after"),
+    "batch's PUBACK read": ("agent.uplink.flights", "Flights.landed", "after"),
+    "batch's deliveries about to be written down": ("agent.uplink.settling", "Settling._begin", "after"),
+    "batch's deliveries written down": ("agent.uplink.settling", "Settling._settle", "after"),
+}
+"""Where an endpoint takes batches."""
 
 
 def kill():
@@ -43,7 +51,7 @@ def kill():
 
 def arm(name, count):
     """Make the `count`-th call of the step the last thing that this process does."""
-    module_name, path, when = POINTS[name]
+    module_name, path, when = (POINTS | BATCH_POINTS)[name]
     owner = importlib.import_module(module_name)
     *classes, attribute = path.split(".")
     for part in classes:

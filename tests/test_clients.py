@@ -14,6 +14,7 @@ import msgpack
 import nodejs
 import pytest
 import stream
+import zstandard
 from consumers import SECONDS, SUBSCRIPTIONS, consumer, read_by_node, subscribed
 
 from agent.wire.attributes import texts
@@ -117,6 +118,19 @@ async def test_the_readmes_node_consumer_prints_good_records_and_stops_at_a_forg
     script = nodejs.folder() / "consumer.mjs"  # beside its node_modules
     script.write_text(snippet("consumer.mjs"), encoding="utf-8")
     await _run_snippet(["node", script], public_key)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_printed_function_takes_a_batch_apart_and_leaves_a_lone_record_as_it_is(compress):
+    found = {}
+    exec(compile(snippet("members.py"), "members.py", "exec"), found)  # noqa: S102 - it is the guide's own
+    alone = [stream.outgoing(stream.record(number), stream.data_of(number)) for number in range(5)]
+    sent = stream.batched(alone, compress=compress)
+    assert found["members"](sent.content_type, sent.payload) == [one.payload for one in alone]
+    assert found["members"](alone[0].content_type, alone[0].payload) == [alone[0].payload]
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 21))
+    with pytest.raises(ValueError, match="larger"):
+        found["members"](f"{sent.content_type.removesuffix('+zstd')}+zstd", bomb)
 
 
 @pytest.mark.parametrize("name", ["consumer.py", "consumer.mjs"])

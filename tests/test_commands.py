@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import signal
@@ -85,6 +86,17 @@ def test_mistakes_of_both_files_are_reported_at_once(files, capsys):
     assert command_line.main(["check", str(files / "agent.toml")]) == 2
     printed = capsys.readouterr().err
     assert f"{files / 'policy.toml'}: permit.cn.data: found 'us', wanted one of [endpoints]" in printed
+
+
+def test_compression_without_its_library_is_a_mistake_that_names_the_extra(files, capsys, monkeypatch):
+    change(files / "policy.toml", "tls = false", 'tls = false\nbatch_records = 8\nbatch_compression = "zstd"')
+    assert command_line.main(["check", str(files / "agent.toml")]) == 0
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "zstandard" else found(name))
+    assert command_line.main(["check", str(files / "agent.toml")]) == 2
+    printed = capsys.readouterr().err
+    assert f"{files / 'policy.toml'}: endpoints.cn.batch_compression: found 'zstd', wanted none" in printed
+    assert "pip install 'residency-agent[zstd]'" in printed
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from harness import SHENZHEN, car
-from killpoints import POINTS
+from killpoints import BATCH_POINTS, POINTS
 from PIL import Image
 
 LAUNCHER = Path(__file__).with_name("killpoints.py")
@@ -131,6 +131,22 @@ async def test_agent_killed_at_each_step_of_the_line_loses_nothing(tmp_path, pat
             assert await ended(it, traffic, SHENZHEN) == -signal.SIGKILL, f"{point} was never reached\n{it.log}"
         await recovered(it, traffic)
         traffic.check()
+        assert it.numbers("hk") == []
+
+
+async def test_agent_that_sends_batches_and_is_killed_at_each_step_of_it_loses_nothing(tmp_path, patience):
+    async with asyncio.timeout((len(BATCH_POINTS) + 2) * patience), car(tmp_path) as it:
+        batches = 'batch_records = 16\nbatch_compression = "zstd"\nin_flight = 1'
+        it.configure(agent="[motion]\nmax_speed_mps = 100.0\n", endpoint=batches)
+        traffic = await begun(it)
+        for point in BATCH_POINTS:
+            for _ in range(20):  # they wait in the in-car broker, and are ready together
+                traffic.telemetry()
+            await launch(it, point)
+            assert await ended(it, traffic, SHENZHEN) == -signal.SIGKILL, f"{point} was never reached\n{it.log}"
+        await recovered(it, traffic)
+        traffic.check()
+        assert max(row.company for row in it.received) > 1
         assert it.numbers("hk") == []
 
 

@@ -46,12 +46,12 @@ class Recorder:
         self.published.append(outgoing)
 
 
-def stored_record(regions):
+def stored_record(regions, subject="vehicle/data"):
     attributes = Attributes(
         id="1",
         source="urn:car",
         type="t",
-        subject="vehicle/data",
+        subject=subject,
         time_ns=1,
         datacontenttype="application/json",
         dataregion=regions,
@@ -76,6 +76,35 @@ def test_outlet_takes_nothing_but_what_was_cleared_for_its_endpoint():
         with pytest.raises(TypeError, match="not cleared for a"):
             outlet(recorder).publish(wrong, 0)
     assert recorder.published == []
+
+
+def test_outlet_takes_no_batch_with_a_record_that_was_not_cleared_for_its_endpoint():
+    policy, recorder = policy_of({"cn": {"data": ["a", "b"]}}), Recorder()
+    good = policy.clear(stored_record(regions=("cn",)), "a")
+    forged = types.SimpleNamespace(record=record(["cn"]), endpoint="a")
+    for wrong in (record(["cn"]), policy.clear(record(["cn"]), "b"), forged, None):
+        with pytest.raises(TypeError, match="not cleared for a"):
+            outlet(recorder).publish_batch([good, wrong], 0)
+    assert recorder.published == []
+
+
+def test_batch_of_several_regions_or_topics_does_not_go_out():
+    policy, recorder = policy_of({"cn": {"data": ["a"]}, "hk": {"data": ["a"]}}), Recorder()
+    here, both = stored_record(regions=("cn",)), stored_record(regions=("cn", "hk"))
+    altered = dataclasses.replace(here, regions=("cn", "hk"))
+    elsewhere = stored_record(regions=("cn",), subject="vehicle/other")
+    for records, reason in (
+        ((here, both), "several"),
+        ((here, elsewhere), "several"),
+        ((here, altered), "other regions"),
+    ):
+        with pytest.raises(EnvelopeError, match=reason):
+            outlet(recorder).publish_batch([policy.clear(one, "a") for one in records], 0)
+    assert recorder.published == []
+    outlet(recorder).publish_batch([policy.clear(one, "a") for one in (both, both)], 0)
+    assert [(one.topic, one.properties) for one in recorder.published] == [
+        ("cn,hk/vehicle/data", [("dataregion", "cn,hk")])
+    ]
 
 
 def test_record_whose_envelope_names_other_regions_than_the_ledger_does_not_go_out():

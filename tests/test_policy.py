@@ -229,6 +229,26 @@ def test_unreachable_rule_and_unused_endpoint_are_warned_of():
     ]
 
 
+@pytest.mark.parametrize(
+    "own", [{"wire": "binary"}, {"protocol": "3.1.1"}, {"wire": "binary", "protocol": "3.1.1"}], ids=str
+)
+def test_batches_need_envelopes_and_mqtt_5(own):
+    endpoints = {name: Endpoint(host=f"{name}.example.com") for name in ENDPOINTS}
+    endpoints["a"] = Endpoint(host="a.example.com", batch_records=2, **own)
+    with pytest.raises(
+        InvalidConfigError, match=r'a\.batch_records: found 2, wanted 1: .* wire = "msgpack" and protocol = "5"'
+    ):
+        policy_of({"cn": {"data": ["a"]}}, endpoints=endpoints)
+    endpoints["a"] = Endpoint(host="a.example.com", batch_records=2)
+    policy_of({"cn": {"data": ["a"]}}, endpoints=endpoints)
+
+
+def test_compression_without_batches_is_worth_a_warning():
+    endpoints = {name: Endpoint(host=f"{name}.example.com", batch_compression="zstd") for name in ENDPOINTS}
+    warnings = [*policy_of({"cn": {"data": [*ENDPOINTS]}}, endpoints=endpoints).warnings()]
+    assert "endpoints.a.batch_compression does nothing while batch_records is 1" in warnings
+
+
 def test_example_policy_permits_exactly_what_its_own_table_says():
     policy = Policy(load_policy(EXAMPLE), EXAMPLE)
     raw = tomllib.loads(EXAMPLE.read_text())

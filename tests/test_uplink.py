@@ -554,12 +554,12 @@ def test_patience_always_ends(events):
         now += 0.01
         name = f"id-{number}"
         if what == "accepted":
-            patience.accepted(name, 16)
+            patience.accepted([name], 16)
             assert not patience.doubted
         elif what == "deferred":
-            patience.deferred(name, now)
+            patience.deferred([name], now)
         else:
-            patience.lost([name], now)
+            patience.lost([[name]], now)
         assert patience.pause(now) <= backoff.LONGEST_SECONDS
         assert 0 <= patience.window(16, now) <= 16
     later = now + 10_000

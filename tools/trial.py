@@ -29,6 +29,7 @@ from tools.witness import Seen, Witness, witness
 BROKERS = {"auto": installed, "mosquitto": mosquitto, "amqtt": amqtt}
 SETTLE_SECONDS = 40.0  # after the last message: pictures wait for the detector, records for their PUBACK
 KEPT_OF_AN_ENDPOINT = ("wire", "topic", "in_flight")
+KEPT_ON_MQTT_5 = (*KEPT_OF_AN_ENDPOINT, "batch_records", "batch_compression")
 AGENT_FILE, POLICY_FILE, LOG_FILE = "agent.toml", "policy.toml", "agent.log"
 
 Place = Mapping[str, object]  # host, port and protocol of a broker
@@ -143,7 +144,7 @@ def configure(setting: Setting, car: Place, regional: Mapping[str, Place]) -> Pa
     given = setting.policy["endpoints"]
     endpoints = {
         name: {
-            **{key: given[name][key] for key in KEPT_OF_AN_ENDPOINT if key in given[name]},
+            **{key: given[name][key] for key in _kept(place) if key in given[name]},
             **place,
             "tls": False,
         }
@@ -161,6 +162,11 @@ def configure(setting: Setting, car: Place, regional: Mapping[str, Place]) -> Pa
 def _place(broker: Broker) -> Place:
     address = address_of(broker)
     return {"host": address.host, "port": address.port, "protocol": address.protocol}
+
+
+def _kept(place: Place) -> tuple[str, ...]:
+    """What of an endpoint stays: batches need MQTT 5."""
+    return KEPT_ON_MQTT_5 if place["protocol"] == "5" else KEPT_OF_AN_ENDPOINT
 
 
 def _rules(rules: list[dict[str, Any]], car: Place) -> list[dict[str, Any]]:

@@ -43,6 +43,13 @@ class Endpoint(Table, frozen=True, kw_only=True):
         bool,
         Meta(description="Say birth, death (Last Will) and counts on residency-agent/{vehicle}/presence and /status"),
     ] = False
+    batch_records: Annotated[
+        int,
+        Meta(ge=1, le=256, description="Records of one topic in one PUBLISH at most; above 1 needs msgpack on MQTT 5"),
+    ] = 1
+    batch_compression: Annotated[
+        Literal["none", "zstd"], Meta(description="Of batches; zstd needs the extra `zstd`")
+    ] = "none"
     in_flight: Annotated[int, Meta(ge=1, le=65_535, description="Publishes without PUBACK at a time")] = 128
     keepalive_s: Annotated[int, Meta(ge=5, le=65_535, description="MQTT keep alive")] = 30
     ack_timeout_s: Annotated[Seconds, Meta(description="Without any PUBACK for so long the connection is renewed")] = (

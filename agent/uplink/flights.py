@@ -11,10 +11,15 @@ from agent.mqtt.packets import Puback
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flight:
-    """A record under way. The peer's TCP has all of it once it has acknowledged `goal` bytes of the connection."""
+    """A PUBLISH under way: its records, and the bytes of the connection at which the peer's TCP has all of it."""
 
-    record: Record
+    records: tuple[Record, ...]
     goal: int
+
+    @property
+    def bytes(self) -> int:
+        """Of its records' envelopes."""
+        return sum(len(record.envelope) for record in self.records)
 
 
 class Flights:
@@ -34,34 +39,34 @@ class Flights:
         return future in self._flights
 
     def add(self, future: asyncio.Future[Puback], flight: Flight, now: float) -> None:
-        """A record was published."""
+        """A PUBLISH was made."""
         if not self._flights:
             self._progress = now
         self._flights[future] = flight
-        self.bytes += len(flight.record.envelope)
+        self.bytes += flight.bytes
 
-    def landed(self, future: asyncio.Future[Puback], now: float) -> Record:
-        """Its PUBACK has come; KeyError for an unknown one."""
+    def landed(self, future: asyncio.Future[Puback], now: float) -> tuple[Record, ...]:
+        """Its PUBACK has come, which is that of all its records; KeyError for an unknown one."""
         self._progress = now
         first = next(iter(self._flights))
         if first is not future and (self._overtaken is None or self._overtaken[0] is not first):
             self._overtaken = (first, now)
-        record = self._flights.pop(future).record
-        self.bytes -= len(record.envelope)
-        return record
+        flight = self._flights.pop(future)
+        self.bytes -= flight.bytes
+        return flight.records
 
-    def clear(self) -> list[Record]:
-        """All that is in flight, which is not any more."""
-        records = [flight.record for flight in self._flights.values()]
+    def clear(self) -> list[tuple[Record, ...]]:
+        """The records of each PUBLISH in flight, none of which is any more."""
+        found = [flight.records for flight in self._flights.values()]
         self._flights.clear()
         self.bytes, self._overtaken = 0, None
-        return records
+        return found
 
     def stuck(self, now: float, acknowledged: int, timeout_s: float) -> str | None:
         """Why the connection should be given up: for `timeout_s` no PUBACK came, or one was left out.
 
-        While the oldest record is still being taken by the peer's TCP (`acknowledged` grows), the time does not run:
-        on a slow link a large record may take minutes, and to begin it anew would never end.
+        While the oldest PUBLISH is still being taken by the peer's TCP (`acknowledged` grows), the time does not run:
+        on a slow link a large one may take minutes, and to begin it anew would never end.
         """
         if not self._flights:
             return None

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 from agent.board import Board
-from agent.uplink.uplink import Uplink, UplinkOptions
+from agent.uplink.options import UplinkOptions
+from agent.uplink.uplink import Uplink
 
 DRAIN_SECONDS = 2.0  # for which the PUBACKs of an endpoint that goes are waited for
 

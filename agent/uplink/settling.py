@@ -12,8 +12,22 @@ from collections.abc import Callable
 
 from agent.board import Board
 from agent.errors import LedgerError
+from agent.mqtt.packets import Puback
 from agent.store.committer import Committer
-from agent.store.entries import Ending
+from agent.store.entries import Delivered, Ending, Rejected
+
+# MQTT 5.0, 3.4.2.1: Unspecified, Implementation specific, Not authorized, Packet identifier in use, Quota exceeded.
+# An access list can be mended; a record that was thrown away because of it cannot.
+RETRY_LATER = frozenset({0x80, 0x83, 0x87, 0x91, 0x97})
+
+
+def answer(record: str, endpoint: str, puback: Puback, now_ns: int) -> Ending | None:
+    """What the ledger is told of a record; None: it stays pending."""
+    if puback.accepted:
+        return Delivered(id=record, endpoint=endpoint, code=puback.code, time_ns=now_ns)
+    if puback.code in RETRY_LATER:
+        return None
+    return Rejected(id=record, endpoint=endpoint, code=puback.code, time_ns=now_ns)
 
 
 class Settling:

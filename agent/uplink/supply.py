@@ -1,9 +1,8 @@
-"""What one connection sends next: read from the ledger in small batches, and claimed so that nobody else takes it."""
+"""What one connection sends next: read from the ledger a little at a time, and claimed so that nobody else takes it."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import Any
 
 from agent.board import Board
@@ -11,10 +10,11 @@ from agent.errors import LedgerStalledError
 from agent.messages import Priority, Record
 from agent.store.committer import Committer
 from agent.store.ledger import Ledger
+from agent.uplink.parcels import Parcels
 from agent.uplink.patience import Patience
 from agent.uplink.shares import SHARE, Shares
 
-BATCH_BYTES = 128 << 10  # of each kind read at a time, so that an urgent record waits behind little
+READ_BYTES = 128 << 10  # of each kind at a time, so that an urgent record waits behind little
 
 
 class Supply:
@@ -23,8 +23,17 @@ class Supply:
     The backlog is what was in the ledger when the connection began.
     """
 
-    def __init__(self, endpoint: str, committer: Committer, board: Board, patience: Patience, shares: Shares) -> None:
-        self.ready: deque[Record] = deque()
+    def __init__(  # noqa: PLR0913 - where records come from, where they go, and all that decides which
+        self,
+        endpoint: str,
+        committer: Committer,
+        board: Board,
+        patience: Patience,
+        *,
+        shares: Shares,
+        ready: Parcels,
+    ) -> None:
+        self._ready = ready
         self._endpoint = endpoint
         self._committer = committer
         self._board = board
@@ -32,23 +41,22 @@ class Supply:
         self._shares = shares
         self._newest = committer.ledger.last_key
 
-    async def refill(self, window: int) -> None:
-        """Read and claim what may go next, when less than half a window is ready."""
-        if not window or len(self.ready) > window // 2:
+    async def refill(self, wanted: int) -> None:
+        """Read and claim what may go next, when less than half of the wanted records are ready."""
+        if not wanted or len(self._ready) > wanted // 2:
             return
         try:
-            urgent, live, backlog = await self._read(window - len(self.ready))
+            urgent, live, backlog = await self._read(wanted - len(self._ready))
         except LedgerStalledError:
             return  # the disk does not answer now; the ledger says so in the status
         self._shares.live_sent(sum(len(record.envelope) for record in live))
         self._shares.backlog_sent(sum(len(record.envelope) for record in backlog))
-        self.ready.extendleft(reversed(urgent))
-        self.ready.extend(live + backlog)
+        self._ready.put_first(urgent)
+        self._ready.put(live + backlog)
 
     def give_back(self) -> None:
         """Nothing more is sent: what is ready is free for others."""
-        self._board.claimed.difference_update(record.id for record in self.ready)
-        self.ready.clear()
+        self._board.claimed.difference_update(record.id for record in self._ready.clear())
 
     async def _read(self, room: int) -> tuple[list[Record], list[Record], list[Record]]:
         now, newest, shares = time.monotonic(), self._newest, self._shares
@@ -57,7 +65,7 @@ class Supply:
 
         def read(ledger: Ledger) -> tuple[list[Record], list[Record], list[Record]]:
             def pending(limit: int, **which: Any) -> list[Record]:  # noqa: ANN401 - the ledger's own keywords
-                rows = ledger.pending(self._endpoint, limit=limit, down=down, skip=skip, max_bytes=BATCH_BYTES, **which)
+                rows = ledger.pending(self._endpoint, limit=limit, down=down, skip=skip, max_bytes=READ_BYTES, **which)
                 skip.update(row.record.id for row in rows)
                 return [row.record for row in rows]
 

@@ -3,8 +3,10 @@
 Invariants:
 - A record is published only through an `Outlet`, which takes nothing but what `Policy.clear` made the moment before.
 - A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again.
-- At most the endpoint's window is in flight, in records and in bytes; no record is in flight at two endpoints.
+- At most the endpoint's window is in flight, in PUBLISHes and in bytes; no record is in flight at two endpoints.
 - Urgent records go first; then live ones, with a share for the backlog, so that both always move (`shares`).
+- Several records go in one PUBLISH only where the endpoint asks for it (`parcels`); each is cleared, settled and
+  counted by itself, and none is refused because of another one's fault.
 - An endpoint or a record that makes trouble gets patience; others do not wait for it (`patience`).
 - No packet goes to an endpoint before a record is permitted for it, nor while the vehicle is where the policy's
   `reach` forbids it.
@@ -20,8 +22,8 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from agent.board import Board
 from agent.errors import AgentError, EndpointError, EnvelopeError, LedgerError, LedgerStalledError
@@ -29,19 +31,23 @@ from agent.histogram import WAIT_SECONDS, Histogram
 from agent.messages import Record
 from agent.mqtt.backoff import delays
 from agent.mqtt.connection import Connection
-from agent.mqtt.packets import Puback, Session
-from agent.policy import Policy
+from agent.mqtt.packets import Puback
+from agent.policy import Cleared, Policy
 from agent.store.committer import Committer
-from agent.store.entries import Delivered, Ending, Entry, Redecided, Rejected, Withdrawn
-from agent.uplink.egress import PeerRules, dial
+from agent.store.entries import Entry
+from agent.uplink.egress import dial
 from agent.uplink.flights import Flight, Flights
+from agent.uplink.loading import Loading
+from agent.uplink.options import UplinkOptions
 from agent.uplink.outlet import Outlet
 from agent.uplink.patience import Patience
-from agent.uplink.presence import Presence, PresenceOptions
-from agent.uplink.settling import Settling
+from agent.uplink.presence import Presence
+from agent.uplink.recall import Recall
+from agent.uplink.settling import RETRY_LATER, Settling, answer
 from agent.uplink.shares import Shares
 from agent.uplink.supply import Supply
 from agent.uplink.tls import Shown
+from agent.wire import batch
 
 log = logging.getLogger(__name__)
 
@@ -50,29 +56,10 @@ POLL_SECONDS = 1.0  # the longest that a stored record waits for a missed wake-u
 STABLE_SECONDS = 30.0
 UNSENT_BYTES = 64 << 10  # published but not yet taken by the socket; likewise
 IN_FLIGHT_BYTES = 16 << 20  # without PUBACK: paho keeps them in memory
-# MQTT 5.0, 3.4.2.1: Unspecified, Implementation specific, Not authorized, Packet identifier in use, Quota exceeded.
-# An access list can be mended; a record that was thrown away because of it cannot.
-RETRY_LATER = frozenset({0x80, 0x83, 0x87, 0x91, 0x97})
 
 
 class _RenewalError(AgentError):
     """Nothing is wrong with the connection, but a new one is wanted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UplinkOptions:
-    """One endpoint. `topic` is its template; `wire` is `msgpack` or `binary`."""
-
-    name: str
-    vehicle: str
-    session: Session
-    peer: PeerRules
-    topic: str
-    wire: str = "msgpack"
-    in_flight: int = 128
-    ack_timeout_s: float = 20.0
-    backlog_bytes_per_s: int = 0
-    presence: PresenceOptions | None = None
 
 
 class Uplink:
@@ -99,13 +86,14 @@ class Uplink:
         self.delivered = Histogram(WAIT_SECONDS)
         self.options = options
         self.shown = Shown(options.name)
-        self._again = again
+        self._recall = Recall(committer, board, again)
         self._policy = policy
         self._registration = registration
         self._committer = committer
         self._board = board
         self._flights = Flights()
         self._patience = Patience(random.random)
+        self._loading = Loading(options.batch_records, self._patience)
         self._wake = board.stored.setdefault(options.name, asyncio.Event())
         self._settling = Settling(options.name, committer, board, self._wake.set)
         self._attempts = itertools.count()
@@ -208,9 +196,11 @@ class Uplink:
         log.info("uplink.connected", extra={"endpoint": self.options.name})
 
     def _release(self) -> None:
-        """What is still in flight on a lost connection is pending again."""
-        records = [record.id for record in self._flights.clear()]
-        self._patience.lost(records, time.monotonic())
+        """What is ready, or still in flight on a lost connection, is pending again."""
+        self._board.claimed.difference_update(record.id for record in self._loading.ready.clear())
+        publishes = [[record.id for record in records] for records in self._flights.clear()]
+        self._patience.lost(publishes, time.monotonic())
+        records = [*itertools.chain.from_iterable(publishes)]
         self._board.claimed.difference_update(records)
         self._board.doubt(records)
         self._idle.set()
@@ -222,8 +212,10 @@ class Uplink:
     async def _pump_loop(self, connection: Connection, presence: Presence | None) -> None:
         options = self.options
         shares = Shares(options.backlog_bytes_per_s, time.monotonic())
-        supply = Supply(options.name, self._committer, self._board, self._patience, shares)
-        outlet = self._outlet(connection)
+        loading = self._loading
+        ready = loading.ready
+        supply = Supply(options.name, self._committer, self._board, self._patience, shares=shares, ready=ready)
+        outlet = loading.outlet = self._outlet(connection)
         connection.on_drained(self._wake.set)
         connection.closed.add_done_callback(lambda _: self._wake.set())
         try:
@@ -232,10 +224,10 @@ class Uplink:
                 self._wake.clear()
                 self._renewing |= self.shown.due(time.monotonic())
                 if not (self._draining or self._renewing):
-                    await supply.refill(self._window(connection))
-                while supply.ready and self._may_send(connection):
-                    await self._send(connection, outlet, supply.ready.popleft())
-                if not supply.ready or not self._may_send(connection):
+                    await supply.refill(loading.wanted(self._window(connection)))
+                while ready and self._may_send(connection):
+                    await self._send(connection, outlet, loading.next(connection.maximum_packet_size))
+                if not ready or not self._may_send(connection):
                     await self._wait(shares)
                 if presence is not None:
                     presence.tell(connection, time.time_ns(), time.monotonic())
@@ -260,64 +252,72 @@ class Uplink:
     def _outlet(self, connection: Connection) -> Outlet:
         options = self.options
         return Outlet(
-            connection, endpoint=options.name, vehicle=options.vehicle, topic=options.topic, wire=options.wire
+            connection,
+            endpoint=options.name,
+            vehicle=options.vehicle,
+            topic=options.topic,
+            wire=options.wire,
+            compress=batch.compressor() if options.batch_compression == "zstd" else None,
         )
 
-    async def _send(self, connection: Connection, outlet: Outlet, record: Record) -> None:
-        cleared = self._policy().clear(record, self.options.name, self._registration)
-        if cleared is None:
-            await self._decide_again(record)
-            return
+    async def _send(self, connection: Connection, outlet: Outlet, records: Sequence[Record]) -> None:
+        policy, cleared, recalled = self._policy(), [], []
+        for record in records:
+            one = policy.clear(record, self.options.name, self._registration)
+            if one is None:
+                recalled.append(record)
+            else:
+                cleared.append(one)
+        if cleared:
+            await self._publish(connection, outlet, cleared)
+        for record in recalled:
+            await self._recall.decide_again(record)
+
+    async def _publish(self, connection: Connection, outlet: Outlet, cleared: Sequence[Cleared]) -> None:
+        records, now_ns = tuple(one.record for one in cleared), time.time_ns()
         try:
-            future = outlet.publish(cleared, time.time_ns())
+            future = outlet.publish_batch(cleared, now_ns) if len(cleared) > 1 else outlet.publish(cleared[0], now_ns)
         except EnvelopeError:
-            await self._withdraw(record, "envelope.unusable")
+            if len(records) > 1:
+                self._loading.part(records)
+            else:
+                await self._recall.withdraw(records[0], "envelope.unusable")
             return
-        self.resent += self._board.is_resent(record.id)
-        self._flights.add(future, Flight(record=record, goal=connection.goal()), time.monotonic())
+        self.resent += sum(self._board.is_resent(record.id) for record in records)
+        self._flights.add(future, Flight(records=records, goal=connection.goal()), time.monotonic())
         self._idle.clear()
         future.add_done_callback(self._on_puback)
-
-    async def _decide_again(self, record: Record) -> None:
-        entry = self._again(record)
-        if entry is None:
-            await self._withdraw(record, "policy.withdrawn")
-            return
-        await self._committer.submit(entry)
-        self._board.claimed.discard(record.id)
-        self._board.wake(entry.record.route if isinstance(entry, Redecided) else ())
-
-    async def _withdraw(self, record: Record, reason: str) -> None:
-        await self._committer.submit(Withdrawn(id=record.id, reason=reason, time_ns=time.time_ns()))
-        self._board.claimed.discard(record.id)
 
     def _on_puback(self, future: asyncio.Future[Puback]) -> None:
         if future.cancelled() or future.exception() is not None:
             return  # the connection is lost: `_release` does the rest
         if future not in self._flights:
-            return  # it has done so already: the record is pending again
-        record, puback = self._flights.landed(future, time.monotonic()), future.result()
+            return  # it has done so already: the records are pending again
+        records, puback = self._flights.landed(future, time.monotonic()), future.result()
         if not self._flights:
             self._idle.set()
+        self._wake.set()
+        if len(records) > 1 and not puback.accepted and puback.code not in RETRY_LATER:
+            log.warning("uplink.batch-rejected", extra={"endpoint": self.options.name, "code": puback.code})
+            self._loading.part(records)
+            return
+        self._judge(records, puback)
+        now_ns = time.time_ns()
+        for record in records:
+            if puback.accepted:
+                self.delivered.observe((now_ns - record.recorded_ns) / SECOND)
+            self._settling.add(record.id, answer(record.id, self.options.name, puback, now_ns))
+
+    def _judge(self, records: Sequence[Record], puback: Puback) -> None:
+        """What the endpoint's answer says of the endpoint."""
+        names = [record.id for record in records]
         if puback.accepted:
-            self._patience.accepted(record.id, self.options.in_flight)
+            self._patience.accepted(names, self.options.in_flight)
             self._board.down.discard(self.options.name)
         elif puback.code in RETRY_LATER:
-            self._patience.deferred(record.id, time.monotonic())
+            self._patience.deferred(names, time.monotonic())
             self._board.down.add(self.options.name)
-            self._board.wake(record.route)
-        self._wake.set()
-        self._settling.add(record.id, self._answer(record, puback))
-
-    def _answer(self, record: Record, puback: Puback) -> Ending | None:
-        """What the ledger is told; None: the record stays pending."""
-        name, now_ns = self.options.name, time.time_ns()
-        if puback.accepted:
-            self.delivered.observe((now_ns - record.recorded_ns) / SECOND)
-            return Delivered(id=record.id, endpoint=name, code=puback.code, time_ns=now_ns)
-        if puback.code in RETRY_LATER:
-            return None
-        return Rejected(id=record.id, endpoint=name, code=puback.code, time_ns=now_ns)
+            self._board.wake({endpoint for record in records for endpoint in record.route})
 
     async def _wait(self, shares: Shares) -> None:
         """Wait for news, at most until the next thing that only time brings."""
