@@ -9,7 +9,7 @@ import pytest
 
 from tools.__main__ import main
 from tools.benchmarks import backlog, machine, stands
-from tools.benchmarks.pumps import Numbers, Sink, Source, Stream, pace
+from tools.benchmarks.pumps import Numbers, Readings, Sink, Source, Stream, pace
 from tools.benchmarks.results import Goal, Row, quantile, ratios, table
 from tools.brokers import mosquitto, mosquitto_path
 
@@ -95,6 +95,29 @@ async def test_source_keeps_its_rate_and_the_sink_hears_each_message_once():
     assert (sink.duplicates, source.sent) == (0, 105)
     assert min(sink.latencies_ms()) > 0
     assert time.monotonic() - started >= 0.5
+
+
+def test_readings_have_their_size_and_do_not_repeat_within_a_batch():
+    readings = Readings(1024)
+    payloads = [readings(5) for _ in range(256)]
+    assert len({payload[60:] for payload in payloads}) == 256
+    assert all(abs(len(payload) - 1024) < 16 for payload in payloads)
+    found = json.loads(payloads[7])
+    assert (found["n"], found["due"]) == (7, 5)
+    assert len(found["samples"]) > 100
+
+
+@needs_mosquitto
+async def test_batched_and_lone_messages_are_each_heard_once_and_the_brokers_bytes_are_counted(tmp_path):
+    batches = {"batch_records": 16, "batch_compression": "zstd", "in_flight": 1}
+    async with stands.agent(tmp_path / "agent", 512, endpoint=batches) as stand:
+        assert await stand.rate(200) > 0
+        assert sorted(stand.sink.arrived) == [*range(stand.numbers.made - 200, stand.numbers.made)]
+        assert stand.sink.duplicates == 0
+        assert stand.sink.publishes < 200
+        before = await stand.meter.read()
+        await stand.rate(100)
+        assert 2_000 < await stand.meter.read() - before < 100 * 1000
 
 
 @needs_mosquitto

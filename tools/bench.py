@@ -30,6 +30,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "pictures": ("picture", "floor"),
         "cores": ("cores",),
         "telemetry": ("telemetry", "telemetry-memory"),
+        "batches": ("telemetry-batch",),
         "latency": ("latency", "picture-latency", "memory"),
         "backlog": ("catch-up", "start"),
         "scaling": ("load-messages", "load-cameras", "load-bytes"),

@@ -2,16 +2,20 @@
 
 Both live in one process, so that their moments are of one clock (nanoseconds, CLOCK_MONOTONIC). A message's payload is
 JSON that begins with its number and the moment at which it was due; the sink finds both in whatever the contender made
-of the payload, as long as it left the bytes alone.
+of the payload, as long as it left the bytes alone, or packed several of them into one zstd frame.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import zstandard
 
 from agent.errors import AgentError
 
@@ -23,7 +27,9 @@ CONNACK, PUBLISH, PUBACK, SUBACK = 0x20, 0x30, 0x40, 0x90
 ANSWER_SECONDS = 30.0
 STALL_SECONDS = 60.0  # without an arrival, nothing more is expected
 STAMP = re.compile(rb'\{"n":(\d+),"due":(\d+)')
-STAMP_ROOM = 64  # bytes in which a stamp fits
+RECEIVED, SYS_SECONDS = "$SYS/broker/bytes/received", 1.0
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+DIFFERENT = 256  # signals, so that none comes twice in a batch
 SAMPLE, LAST = b"17.25,", b"17.25]}"
 
 Feed = Callable[[int], bytes]
@@ -136,7 +142,10 @@ class Source(_Client):
 
 
 class Sink(_Client):
-    """Receives everything of one broker. `due` and `arrived` by number; `others`: without a stamp, or late."""
+    """Receives everything of one broker. `due` and `arrived` by number; `others`: without a stamp, or late.
+
+    `publishes` are all that came, each with one message or a batch of them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +153,9 @@ class Sink(_Client):
         self.arrived: dict[int, int] = {}
         self.others = 0
         self.duplicates = 0
+        self.publishes = 0
         self.news = asyncio.Event()
+        self._zstd = zstandard.ZstdDecompressor()
         self._first = 0
         self._pubacks: list[bytes] = []
 
@@ -172,7 +183,7 @@ class Sink(_Client):
         self._first = first
         self.due.clear()
         self.arrived.clear()
-        self.others = self.duplicates = 0
+        self.others = self.duplicates = self.publishes = 0
 
     def latencies_ms(self) -> list[float]:
         """From the moment at which each was due to its arrival, in the order of the numbers."""
@@ -186,21 +197,58 @@ class Sink(_Client):
         start = 2 + int.from_bytes(body[:2], "big")
         if head & 6:
             self._pubacks.append(b"\x40\x02" + body[start : start + 2])
-        at = body.find(b'{"n":', start)
-        stamp = STAMP.match(body[at : at + STAMP_ROOM]) if at >= 0 else None
-        number = -1 if stamp is None else int(stamp[1])
-        if stamp is None or number < self._first:
-            self.others += 1
-        elif number in self.arrived:
-            self.duplicates += 1
-        else:
-            self.due[number], self.arrived[number] = int(stamp[2]), now
+        stamps = self._stamps(body, start + 2)
+        self.publishes += 1
+        self.others += not stamps
+        for number, due in stamps:
+            if number < self._first:
+                self.others += 1
+            elif number in self.arrived:
+                self.duplicates += 1
+            else:
+                self.due[number], self.arrived[number] = due, now
+
+    def _stamps(self, body: bytearray, at: int) -> list[tuple[int, int]]:
+        """The numbers and moments in a payload."""
+        if body.startswith(ZSTD_MAGIC, at):
+            body, at = bytearray(self._zstd.decompress(body[at:])), 0
+        return [(int(stamp[1]), int(stamp[2])) for stamp in STAMP.finditer(body, at)]
 
     def _handled(self) -> None:
         if self._pubacks:
             self.write(b"".join(self._pubacks))
             self._pubacks.clear()
         self.news.set()
+
+
+class Meter(_Client):
+    """What a mosquitto with `sys_interval 1` has received of all its clients, in bytes of MQTT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told = asyncio.Event()
+        self._bytes = 0
+
+    async def watch(self, port: int, client_id: str) -> None:
+        """Connect and subscribe; raises PumpError."""
+        await self.open(port, client_id)
+        await self._ask(packet(0x82, b"\0\1" + _text(RECEIVED) + b"\0"))
+
+    async def read(self) -> int:
+        """The count once the broker has told it again, which it does only where it has changed; takes seconds."""
+        await asyncio.sleep(2 * SYS_SECONDS)
+        self._told.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * SYS_SECONDS):
+                await self._told.wait()
+        return self._bytes
+
+    def _packet(self, head: int, body: bytearray) -> None:
+        if head & 0xF0 != PUBLISH:
+            super()._packet(head, body)
+            return
+        self._bytes = int(body[2 + int.from_bytes(body[:2], "big") :])
+        self._told.set()
 
 
 class Numbers:
@@ -216,6 +264,31 @@ class Numbers:
         self.made += 1
         samples, rest = divmod(max(self._size - len(stamp) - len(LAST), 0), len(SAMPLE))
         return b"".join((stamp, SAMPLE * samples, b" " * rest, LAST))
+
+
+class Readings(Numbers):
+    """As `Numbers`, but the samples are those of a signal with noise: as hard to compress as a sensor's."""
+
+    def __init__(self, size: int, first: int = 0) -> None:
+        super().__init__(size, first)
+        chance = random.Random(size)
+        self._signals = [_signal(chance, size) for _ in range(DIFFERENT)]
+
+    def __call__(self, due_ns: int) -> bytes:
+        """A JSON payload of about the wanted size."""
+        stamp = b'{"n":%d,"due":%d,"samples":[' % (self.made, due_ns)
+        signal = self._signals[self.made % DIFFERENT]
+        self.made += 1
+        return b"".join((stamp, signal[signal.index(b",", len(stamp)) + 1 :], LAST))
+
+
+def _signal(chance: random.Random, size: int) -> bytes:
+    """A random walk in hundredths."""
+    value, found = 1725.0, bytearray()
+    while len(found) < size:
+        value += chance.gauss(0, 4)
+        found += b"%.2f," % (value / 100)
+    return bytes(found)
 
 
 async def pace(source: Source, streams: Sequence[Stream], seconds: float) -> None:

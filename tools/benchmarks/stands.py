@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tools.agent_process import AgentProcess
 from tools.benchmarks import machine
-from tools.benchmarks.pumps import WINDOW, Numbers, Sink, Source, Stream
+from tools.benchmarks.pumps import WINDOW, Meter, Numbers, Sink, Source, Stream
 from tools.brokers import Broker, mosquitto
 from tools.toml_text import toml_text
 
@@ -32,6 +33,7 @@ DURABLE = ("persistence true", "autosave_on_changes true", "autosave_interval 1"
 AHEAD = 1000  # messages on the way in a flood
 FIRST_SECONDS = 30.0
 TRY_SECONDS = 0.2
+NOTHING_ELSE: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,7 @@ class Stand:
     pids: tuple[int, ...]
     region: Broker
     agent: AgentProcess | None = None
+    meter: Meter | None = None
 
     async def rate(self, count: int) -> float:
         """Messages a second, with at most `AHEAD` on the way, from the first publish to the last arrival."""
@@ -93,24 +96,30 @@ async def bridge(name: str, size: int, lines: Sequence[str] = ()) -> AsyncIterat
 
 
 @asynccontextmanager
-async def agent(folder: Path, size: int) -> AsyncIterator[Stand]:
-    """The agent, with its files in a new folder."""
+async def agent(
+    folder: Path, size: int, *, name: str = "residency-agent", endpoint: Mapping[str, object] = NOTHING_ELSE
+) -> AsyncIterator[Stand]:
+    """The agent, with its files in a new folder; `endpoint` is more of the policy's table of its endpoint."""
     async with AsyncExitStack() as stack:
-        region = await stack.enter_async_context(mosquitto(config_lines=CAR_LINES))
+        region = await stack.enter_async_context(mosquitto(config_lines=[*CAR_LINES, "sys_interval 1"]))
         car = await stack.enter_async_context(mosquitto(config_lines=CAR_LINES))
-        configure(folder, car.port, region.port)
+        configure(folder, car.port, region.port, endpoint)
         process = AgentProcess(folder / "agent.toml", folder / "agent.log")
         stack.push_async_callback(process.stop)
         await process.start()
         source, sink = await _pumps(stack, car, region)
+        meter = Meter()
+        stack.callback(meter.close)
+        await meter.watch(region.port, "bench-meter")
         stand = Stand(
-            name="residency-agent",
+            name=name,
             source=source,
             sink=sink,
             numbers=Numbers(size),
             pids=await pids_of(process),
             region=region,
             agent=process,
+            meter=meter,
         )
         await flows(stand)
         yield stand
@@ -122,12 +131,12 @@ async def pids_of(process: AgentProcess) -> tuple[int, ...]:
     return (pid, *machine.children(pid))
 
 
-def configure(folder: Path, car: int, region: int) -> None:
+def configure(folder: Path, car: int, region: int, more: Mapping[str, object] = NOTHING_ELSE) -> None:
     """Write a vehicle's and a fleet's configuration, and a signing key, into a new folder."""
     folder.mkdir(parents=True)
     key = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (folder / "key.pem").write_bytes(key)
-    endpoint = {"host": "127.0.0.1", "tls": False, "in_flight": IN_FLIGHT}
+    endpoint = {"host": "127.0.0.1", "tls": False, "in_flight": IN_FLIGHT, **more}
     policy = {
         "version": "1",
         "regions": {"cn": {"countries": ["CN"]}, "eea": {"countries": ["DE", "FR"]}},
