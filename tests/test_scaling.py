@@ -23,6 +23,21 @@ def test_two_of_three_samples_are_those_of_the_bilinear_filter():
     assert np.abs(found - plain(NOISE, (128, 72)))[inside].max() <= APART
 
 
+def thirds_mixed(samples: np.ndarray) -> np.ndarray:
+    """Two of every three along the first axis, as the module's docstring has it."""
+    bordered = np.pad(samples.astype(int), ((1, 1), (0, 0)), mode="edge")
+    before, first, middle, last, after = (bordered[start : start + len(samples) : 3] for start in range(5))
+    mixed = [(142 * first + 85 * middle + 29 * before + 128) >> 8, (142 * last + 85 * middle + 29 * after + 128) >> 8]
+    return np.stack(mixed, axis=1).reshape(-1, samples.shape[1])
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_ninths_are_mixed_exactly_to_the_border(height, width, seed):
+    samples = np.random.default_rng(seed).integers(0, 256, (3 * height, 3 * width)).astype(np.uint8)
+    found = np.asarray(shrunk(Image.fromarray(samples), (2 * width, 2 * height)))
+    assert np.array_equal(found, thirds_mixed(thirds_mixed(samples).T).T)
+
+
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 255))
 def test_a_plain_picture_keeps_its_grey_to_the_border(height, width, grey):
     image = Image.new("L", (3 * width, 3 * height), grey)

@@ -28,22 +28,32 @@ def shrunk(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def _two_of_three(samples: Pixels) -> Pixels:
     """Shrink (3 h, 3 w) samples to (2 h, 2 w)."""
     height, width = samples.shape[0] // 3, samples.shape[1] // 3
-    thirds = samples.reshape(height, 3, 3 * width)
-    upper, lower = _sums(*(thirds[:, row].astype(np.uint16) for row in range(3)))
+    upper, lower = _sums(samples.reshape(height, 3, 3 * width).swapaxes(0, 1))
     rows = np.empty((height, 2, 3 * width), np.uint8)
-    rows[:, 0], rows[:, 1] = upper >> 8, lower >> 8
-    thirds = rows.reshape(2 * height, width, 3)
-    left, right = _sums(*(thirds[..., column].astype(np.uint16).T for column in range(3)))
-    pairs = (left >> 8 | right & 0xFF00).T.astype("<u2", copy=False)
-    return pairs.view(np.uint8)
+    np.right_shift(upper, 8, out=rows[:, 0], casting="unsafe")
+    np.right_shift(lower, 8, out=rows[:, 1], casting="unsafe")
+    left, right = _sums(rows.reshape(2 * height, width, 3).transpose(2, 1, 0))
+    left >>= 8
+    right &= 0xFF00
+    right |= left
+    return right.T.astype("<u2", copy=False).view(np.uint8)
 
 
-def _sums(first: Sums, middle: Sums, last: Sums) -> tuple[Sums, Sums]:
-    """256 times the two samples that are made of each three along the first axis; the border repeats."""
-    shared = middle * MIDDLE + HALF
-    one, two = first * NEAREST + shared, last * NEAREST + shared
-    one[1:] += last[:-1] * NEXT
-    one[:1] += first[:1] * NEXT
-    two[:-1] += first[1:] * NEXT
-    two[-1:] += last[-1:] * NEXT
+def _sums(thirds: Pixels) -> tuple[Sums, Sums]:
+    """256 times the two samples that are made of each (3, n, m) along the second axis; the border repeats.
+
+    As little memory is asked for as can be: passing through it costs more than the arithmetic.
+    """
+    first, two, last = (third.astype(np.uint16) for third in thirds)
+    two *= MIDDLE
+    two += HALF
+    one = first * NEAREST
+    one += two
+    two += last * NEAREST
+    first *= NEXT
+    last *= NEXT
+    one[1:] += last[:-1]
+    one[:1] += first[:1]
+    two[:-1] += first[1:]
+    two[-1:] += last[-1:]
     return one, two
