@@ -249,6 +249,13 @@ def test_jpeg_of_odd_size_is_decoded_to_its_stored_samples(width, height):
     assert (found[..., 1:] == chroma).all()
 
 
+def test_parts_of_a_picture_are_joined_once():
+    decoded = redaction._decode(read_header(SOURCES["jpeg-4:2:0"], LIMITS))
+    assert decoded.stored.mode == "L"
+    assert decoded.image is decoded.image
+    assert decoded.image.mode == "YCbCr"
+
+
 @pytest.mark.parametrize("size", [(427, 245), (320, 184), (100, 50)])
 def test_colours_that_the_detector_sees_in_a_smaller_size_lie_where_the_picture_has_them(size):
     data = saved(street(641, 367), "JPEG", quality=90, subsampling=2)

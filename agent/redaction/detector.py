@@ -176,7 +176,9 @@ def prepared(picture: NDArray[np.uint8], frame: Letterbox, given: Input) -> NDAr
     pad = (given.pad, GREY, GREY) if given.colour == "YCbCr" else given.pad
     batch = np.empty((1, frame.height, frame.width, 3), np.uint8)
     batch[0, : size[1], : size[0]] = content
-    batch[0, size[1] :] = batch[0, : size[1], size[0] :] = pad
+    around = np.empty((frame.width, 3), np.uint8)
+    around[:] = pad
+    batch[0, size[1] :], batch[0, : size[1], size[0] :] = around, around[size[0] :]
     if given.colour == "BGR":
         batch = batch[..., ::-1]
     if given.layout == "NCHW":

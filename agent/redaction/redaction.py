@@ -13,6 +13,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -154,25 +155,29 @@ def _scaled(box: Box, across: float, down: float) -> Box:
     return replace(box, x1=box.x1 * across, y1=box.y1 * down, x2=box.x2 * across, y2=box.y2 * down)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Decoded:
     """A decoded picture as it is stored: `L`, `RGB` or `YCbCr`.
 
-    `planes`, where there are any, are what `image` was made of: its luma, and in a picture of half the size its chroma.
+    Or in two parts: then `stored` is the luma alone, and `half`, of half the size, has the chroma.
     """
 
-    image: Image.Image
-    planes: tuple[Image.Image, Image.Image] | None = None
+    stored: Image.Image
+    half: Image.Image | None = None
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """All of it. Parts are joined when this is asked for: just before encoding, it is read from the CPU's cache."""
+        return self.stored if self.half is None else _joined(self.stored, self.half, self.stored.size)
 
     def seen(self, size: tuple[int, int], colour: Colour) -> Pixels:
         """RGB or YCbCr (H, W, 3) in a size of the stored picture (width, height)."""
-        if size == self.image.size:
+        if size == self.stored.size:
             image = self.image
-        elif self.planes is None:
-            image = shrunk(self.image, size)
+        elif self.half is None:
+            image = shrunk(self.stored, size)
         else:
-            luma, half = self.planes
-            image = _joined(shrunk(luma, size), half, self.image.size)
+            image = _joined(shrunk(self.stored, size), self.half, self.stored.size)
         return np.asarray(image if image.mode == MODES[colour] else image.convert(MODES[colour]))
 
 
@@ -181,7 +186,7 @@ def _decode(header: Header) -> Decoded:
     try:
         if header.sampling == jpeg.QUARTER_CHROMA and min(header.width, header.height) > 1:
             return _planes(header)
-        return Decoded(image=_samples(header))
+        return Decoded(stored=_samples(header))
     except AgentError:
         raise
     except MemoryError as exc:
@@ -211,15 +216,20 @@ def _planes(header: Header) -> Decoded:
     the smoothed ones of a full decode would lose 15 to 40 dB (tests/test_redaction.py). Luma needs no colours decoded.
     """
     size = header.width, header.height
-    with OPENERS[Format.JPEG](io.BytesIO(header.clean)) as whole:
-        whole.draft("L", None)
-        whole.load()
-    with OPENERS[Format.JPEG](io.BytesIO(header.clean)) as half:
-        half.draft("YCbCr", (header.width // 2, header.height // 2))
-        half.load()
+    whole = _drafted(header, "L", None)
+    half = _drafted(header, "YCbCr", (header.width // 2, header.height // 2))
     _check_size(whole, size)
     _check_size(half, ((header.width + 1) // 2, (header.height + 1) // 2))
-    return Decoded(image=_joined(whole, half, size), planes=(whole, half))
+    return Decoded(stored=whole, half=half)
+
+
+def _drafted(header: Header, mode: str, size: tuple[int, int] | None) -> Image.Image:
+    """Return a JPEG in another mode or size, given to the decoder in one piece: else it begins rows again."""
+    with OPENERS[Format.JPEG](io.BytesIO(header.clean)) as image:
+        image.decodermaxblock = len(header.clean)
+        image.draft(mode, size)
+        image.load()
+    return image
 
 
 def _joined(luma: Image.Image, half: Image.Image, stored_size: tuple[int, int]) -> Image.Image:
