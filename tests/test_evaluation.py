@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from agent.messages import Box
 from tools.__main__ import main
-from tools.evaluate import chosen, record
+from tools.evaluate import chosen, names_of, record
 from tools.evaluation.baselines import FILES, baselines
 from tools.evaluation.card import CLOSING, OPENING
 from tools.evaluation.contest import Contestant, facts_of, outcome
@@ -319,6 +320,11 @@ def test_contact_sheet_shows_only_pictures_with_a_miss(tmp_path):
     picture = scene(tmp_path)
     assert np.asarray(misses([outcome(blind, picture)], {"face": 0.5})).max() > 0
     assert np.asarray(misses([outcome(seeing, picture)], {"face": 0.5})).max() == 0
+
+
+def test_manifests_of_the_same_name_are_told_apart_by_their_folders():
+    paths = [Path("old/detector.json"), Path("new/detector.json"), Path("new/other.json")]
+    assert names_of(paths) == ["old/detector", "new/detector", "other"]
 
 
 def test_one_command_measures_chooses_and_writes(tmp_path, monkeypatch, capsys):

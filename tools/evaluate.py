@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +169,7 @@ def _hash(path: Path) -> int:
 def _contestants(args: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
     """Detectors by manifest first, then the baselines; and why some of these do not run here."""
     detectors = [Detector.open(path, threads=args.threads) for path in args.manifest]
-    contestants = [contestant(path.stem, item) for path, item in zip(args.manifest, detectors, strict=True)]
+    contestants = [contestant(name, item) for name, item in zip(names_of(args.manifest), detectors, strict=True)]
     remarks: list[str] = []
     if not args.no_baselines:
         given = detectors[0].manifest.input if detectors else None
@@ -179,6 +180,12 @@ def _contestants(args: argparse.Namespace) -> tuple[list[Contestant], list[str]]
             else:
                 contestants.append(item)
     return contestants, remarks
+
+
+def names_of(manifests: Sequence[Path]) -> list[str]:
+    """By which detectors are told apart: file names, whole paths where files have the same name."""
+    alike = Counter(path.stem for path in manifests)
+    return [path.stem if alike[path.stem] == 1 else str(path.with_suffix("")) for path in manifests]
 
 
 def contestant(name: str, detector: Detector) -> Contestant:
