@@ -19,12 +19,13 @@ GRIDS, GRID_CHANCES = (1, 4, 9), (0.7, 0.27, 0.03)
 PASTE, SYNTHETIC, FLIP, ROLL = 0.2, 0.15, 0.5, 0.15  # chances
 LEVEL = 6.0  # standard deviation of a roll, degrees
 EMPHASIS: Mapping[str, float] = {
-    "coco_minis": 3.0,
-    "facemask853_train": 1.6,
-    "openimages_lp": 1.8,
-    "usfl_lhqow": 1.5,
-    "tud_street": 1.2,
+    "coco_minis": 8.0,
+    "facemask853_train": 1.8,
+    "openimages_lp": 2.2,
+    "usfl_lhqow": 1.8,
+    "tud_street": 0.8,
     "bikeshelmets": 1.2,
+    "ro_dashcam_day": 0.7,
 }  # how often a picture is drawn: more where pictures are few and objects are hard
 
 

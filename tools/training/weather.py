@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 Pixels = NDArray[np.uint8]
 
-NIGHT, RAIN, MOTION, NOISE, DEAD, DAMAGE, GREY = 0.08, 0.04, 0.08, 0.12, 0.05, 0.2, 0.05  # chances
+NIGHT, RAIN, MOTION, NOISE, DEAD, DAMAGE, GREY = 0.12, 0.04, 0.08, 0.12, 0.05, 0.2, 0.05  # chances
 
 
 def weathered(pixels: Pixels, rng: Generator) -> Pixels:
