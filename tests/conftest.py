@@ -3,7 +3,10 @@
 import os
 
 import pytest
+from fake_broker import fake_broker
 
+from agent.mqtt import backoff
+from agent.uplink import uplink
 from tools.brokers import mosquitto
 
 TIME_SCALE = float(os.environ.get("RESIDENCY_TEST_TIME_SCALE", "1"))
@@ -17,6 +20,20 @@ async def broker():
     """A mosquitto of this test's own on a free loopback port."""
     async with mosquitto() as running:
         yield running
+
+
+@pytest.fixture
+async def endpoint():
+    """A fake broker for an uplink to publish to."""
+    async with fake_broker() as running:
+        yield running
+
+
+@pytest.fixture
+def quick_uplinks(monkeypatch):
+    """Uplinks reconnect after milliseconds: the waits themselves have tests of their own."""
+    monkeypatch.setattr(backoff, "FIRST_SECONDS", 0.02)
+    monkeypatch.setattr(uplink, "delays", lambda draw: backoff.delays(draw, first=0.02, longest=0.1))
 
 
 @pytest.fixture

@@ -312,3 +312,7 @@ async def fake_broker(*, receive_buffer=None, port=0):
         for task in broker.group:
             task.cancel()
         await asyncio.gather(*broker.group, return_exceptions=True)
+
+
+def silent(_session, _publish):
+    """An endpoint that takes everything and acknowledges nothing."""

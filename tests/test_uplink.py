@@ -3,39 +3,23 @@ import time
 
 import pytest
 from endpoints import bench, number_of
-from fake_broker import fake_broker
+from fake_broker import fake_broker, silent
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.messages import Priority
 from agent.mqtt import backoff
 from agent.mqtt import connection as mqtt
-from agent.uplink import uplink
 from agent.uplink.patience import Patience
 from agent.uplink.shares import SHARE, Shares
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Reconnect after milliseconds: the waits themselves have tests of their own."""
-    monkeypatch.setattr(backoff, "FIRST_SECONDS", 0.02)
-    monkeypatch.setattr(uplink, "delays", lambda draw: backoff.delays(draw, first=0.02, longest=0.1))
-
-
-@pytest.fixture
-async def endpoint():
-    async with fake_broker() as broker:
-        yield broker
+pytestmark = pytest.mark.usefixtures("quick_uplinks")
 
 
 @pytest.fixture
 async def other():
     async with fake_broker() as broker:
         yield broker
-
-
-def silent(_session, _publish):
-    """An endpoint that takes everything and acknowledges nothing."""
 
 
 def numbers(broker):

@@ -6,36 +6,24 @@ import itertools
 import msgspec
 import pytest
 from endpoints import HOUR_NS, bench, numbers_of, record
-from fake_broker import fake_broker
+from fake_broker import silent
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agent.messages import Priority
-from agent.mqtt import backoff
 from agent.policy import Policy
 from agent.settings.policy_config import Rule
-from agent.uplink import uplink
 from agent.uplink.loading import Loading
 from agent.uplink.parcels import BATCH_BYTES, Parcels, Room
 from agent.uplink.patience import MOST_ASIDE, Patience
 from agent.uplink.presence import PresenceOptions
 from agent.wire import batch, envelope
 
+pytestmark = pytest.mark.usefixtures("quick_uplinks")
+
 EXPIRY, CONTENT_TYPE, USER = 0x02, 0x03, 0x26
 AS_ZSTD = {"batch_records": 64, "batch_compression": "zstd"}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(backoff, "FIRST_SECONDS", 0.02)
-    monkeypatch.setattr(uplink, "delays", lambda draw: backoff.delays(draw, first=0.02, longest=0.1))
-
-
-@pytest.fixture
-async def endpoint():
-    async with fake_broker() as broker:
-        yield broker
 
 
 def sent(broker):
@@ -47,17 +35,13 @@ def all_sent(broker):
     return [*itertools.chain.from_iterable(sent(broker))]
 
 
-def never(_session, _publish):
-    """An endpoint that takes everything and acknowledges nothing."""
-
-
 @pytest.mark.parametrize(
     ("compression", "content_type"), [("none", batch.CONTENT_TYPE), ("zstd", batch.ZSTD_CONTENT_TYPE)]
 )
 async def test_records_that_are_ready_together_go_together_and_one_puback_settles_all(
     endpoint, patience, compression, content_type
 ):
-    endpoint.on_publish = never
+    endpoint.on_publish = silent
     options = {"batch_records": 8, "batch_compression": compression}
     async with asyncio.timeout(patience), bench({"a": endpoint.port}, **options) as it:
         await it.store(range(3))
@@ -164,7 +148,7 @@ async def test_batch_that_the_endpoint_does_not_take_now_is_kept_and_delivered_l
 
 
 async def test_batch_in_flight_when_the_connection_breaks_is_sent_again_with_the_same_ids(endpoint, patience):
-    endpoint.on_publish = never
+    endpoint.on_publish = silent
     async with asyncio.timeout(patience), bench({"a": endpoint.port}, **AS_ZSTD) as it:
         await it.store(range(20))
         it.start()
@@ -196,7 +180,7 @@ async def test_record_on_which_the_endpoint_hangs_up_lets_the_others_pass(endpoi
 
 async def test_receive_maximum_counts_publishes_and_not_records(endpoint, patience):
     endpoint.connack_properties = {"receive_maximum": 2}
-    endpoint.on_publish = never
+    endpoint.on_publish = silent
     async with asyncio.timeout(patience), bench({"a": endpoint.port}, batch_records=10) as it:
         await it.store(range(50))
         it.start()
@@ -209,7 +193,7 @@ async def test_receive_maximum_counts_publishes_and_not_records(endpoint, patien
 
 
 async def test_what_comes_while_pubacks_are_awaited_goes_together(endpoint, patience):
-    endpoint.on_publish = never
+    endpoint.on_publish = silent
     async with asyncio.timeout(patience), bench({"a": endpoint.port}, in_flight=1, **AS_ZSTD) as it:
         it.start()
         await it.store([0])
@@ -258,7 +242,7 @@ async def test_batch_holds_no_more_bytes_than_its_bound_and_a_larger_record_goes
 
 async def test_record_that_the_policy_permits_no_longer_leaves_its_batch_and_no_other_does(endpoint, patience):
     """It is cleared by itself the moment before, although its batch was put together under another policy."""
-    endpoint.on_publish = never
+    endpoint.on_publish = silent
     options = {"in_flight": 1, "topic": "all/{region}", **AS_ZSTD}
     async with asyncio.timeout(patience), bench({"a": endpoint.port}, **options) as it:
         it.start()
@@ -277,7 +261,7 @@ async def test_record_that_the_policy_permits_no_longer_leaves_its_batch_and_no_
 
 
 async def test_uplink_that_ends_gives_back_what_was_ready_for_a_batch(endpoint, patience):
-    endpoint.on_publish = never
+    endpoint.on_publish = silent
     async with asyncio.timeout(patience), bench({"a": endpoint.port}, in_flight=1, **AS_ZSTD) as it:
         it.start()
         await it.store([0])

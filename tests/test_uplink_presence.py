@@ -4,20 +4,12 @@ import asyncio
 import json
 import time
 
-import pytest
 from endpoints import bench
-from fake_broker import fake_broker
 
 from agent.uplink import presence
 from agent.uplink.presence import PresenceOptions
 
 ASKED = PresenceOptions(source="urn:test:car", vehicle="car")
-
-
-@pytest.fixture
-async def endpoint():
-    async with fake_broker() as broker:
-        yield broker
 
 
 def reason(publish):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from agent.mqtt.backoff import delays
 
@@ -84,8 +85,7 @@ class Patience:
         """The endpoint will not take a PUBLISH of these records: one of them may be the reason."""
         for record in records:
             self._apart[record] = None
-        while len(self._apart) > MOST_ASIDE:
-            del self._apart[next(iter(self._apart))]
+        _forget_first(self._apart)
 
     def lost(self, publishes: Sequence[Collection[str]], now: float) -> None:
         """The connection was lost, or given up, while PUBLISHes of these records were in flight, oldest first."""
@@ -105,5 +105,9 @@ class Patience:
         count = before.count + 1 if before is not None else 1
         until = now + min(2.0 ** (count - 1), LONGEST_ASIDE_SECONDS)
         self._strikes[record] = _Strike(count=count, until=until)
-        if len(self._strikes) > MOST_ASIDE:
-            del self._strikes[next(iter(self._strikes))]
+        _forget_first(self._strikes)
+
+
+def _forget_first(remembered: dict[str, Any]) -> None:
+    while len(remembered) > MOST_ASIDE:
+        del remembered[next(iter(remembered))]

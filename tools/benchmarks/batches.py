@@ -10,9 +10,8 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from types import MappingProxyType
 
-from agent.errors import AgentError
 from tools.benchmarks import machine, stands
-from tools.benchmarks.pumps import Readings
+from tools.benchmarks.pumps import Meter, Readings
 from tools.benchmarks.results import Goal, Row, ratios
 from tools.benchmarks.settings import Settings
 from tools.benchmarks.stands import Stand
@@ -35,13 +34,16 @@ async def measure(settings: Settings) -> list[Row]:
             for name, more in (("one by one", stands.NOTHING_ELSE), ("in batches", BATCHES))
         ]
         contenders = [replace(stand, numbers=Readings(SIZE, stand.numbers.made)) for stand in started]
-        counts = {}
+        counts, meters = {}, {}
         for stand in contenders:
+            meters[stand.name] = meter = Meter()
+            stack.callback(meter.close)
+            await meter.watch(stand.region.port, "bench-meter")
             rate = await stand.rate(FIRST)
             counts[stand.name] = max(FIRST, int(await stand.rate(int(rate)) * settings.seconds))
         for _ in range(settings.rounds):
             for stand in contenders:
-                found.setdefault(stand.name, []).append(await _turn(stand, counts[stand.name]))
+                found.setdefault(stand.name, []).append(await _turn(stand, meters[stand.name], counts[stand.name]))
     plain, batched = found.values()
     parts = {f"{what}, {name}": [turn[what] for turn in turns] for what in plain[0] for name, turns in found.items()}
     return [
@@ -56,13 +58,11 @@ async def measure(settings: Settings) -> list[Row]:
     ]
 
 
-async def _turn(stand: Stand, count: int) -> dict[str, float]:
-    if stand.meter is None:
-        raise AgentError("the stand has no meter")
-    before, cpu_s = await stand.meter.read(), machine.cpu_s(stand.pids)
+async def _turn(stand: Stand, meter: Meter, count: int) -> dict[str, float]:
+    before, cpu_s = await meter.read(), machine.cpu_s(stand.pids)
     rate = await stand.rate(count)
     used = machine.cpu_s(stand.pids) - cpu_s
-    received = await stand.meter.read() - before - PUBACK_BYTES * stand.sink.publishes
+    received = await meter.read() - before - PUBACK_BYTES * stand.sink.publishes
     return {
         "bytes a record": received / count,
         "records a PUBLISH": count / stand.sink.publishes,

@@ -81,6 +81,9 @@ class _Client(asyncio.Protocol):
         body = b"\0\4MQTT\4\2" + KEEPALIVE_S.to_bytes(2, "big") + _text(client_id)
         await self._ask(packet(0x10, body))
 
+    async def _subscribe(self, topic_filter: str, qos: int) -> None:
+        await self._ask(packet(0x82, b"\0\1" + _text(topic_filter) + bytes([qos])))
+
     async def _ask(self, data: bytes) -> None:
         self._answered = asyncio.get_running_loop().create_future()
         self.write(data)
@@ -162,7 +165,7 @@ class Sink(_Client):
     async def listen(self, port: int, client_id: str, topic_filter: str = "#") -> None:
         """Connect and subscribe; raises PumpError."""
         await self.open(port, client_id)
-        await self._ask(packet(0x82, b"\0\1" + _text(topic_filter) + b"\1"))
+        await self._subscribe(topic_filter, 1)
 
     async def until(self, count: int) -> None:
         """Return when so many stamped messages have arrived; raises PumpError when they stay away."""
@@ -232,7 +235,7 @@ class Meter(_Client):
     async def watch(self, port: int, client_id: str) -> None:
         """Connect and subscribe; raises PumpError."""
         await self.open(port, client_id)
-        await self._ask(packet(0x82, b"\0\1" + _text(RECEIVED) + b"\0"))
+        await self._subscribe(RECEIVED, 0)
 
     async def read(self) -> int:
         """The count once the broker has told it again, which it does only where it has changed; takes seconds."""

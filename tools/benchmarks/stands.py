@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from tools.agent_process import AgentProcess
 from tools.benchmarks import machine
-from tools.benchmarks.pumps import WINDOW, Meter, Numbers, Sink, Source, Stream
+from tools.benchmarks.pumps import WINDOW, Numbers, Sink, Source, Stream
 from tools.brokers import Broker, mosquitto
 from tools.toml_text import toml_text
 
@@ -47,7 +47,6 @@ class Stand:
     pids: tuple[int, ...]
     region: Broker
     agent: AgentProcess | None = None
-    meter: Meter | None = None
 
     async def rate(self, count: int) -> float:
         """Messages a second, with at most `AHEAD` on the way, from the first publish to the last arrival."""
@@ -108,9 +107,6 @@ async def agent(
         stack.push_async_callback(process.stop)
         await process.start()
         source, sink = await _pumps(stack, car, region)
-        meter = Meter()
-        stack.callback(meter.close)
-        await meter.watch(region.port, "bench-meter")
         stand = Stand(
             name=name,
             source=source,
@@ -119,7 +115,6 @@ async def agent(
             pids=await pids_of(process),
             region=region,
             agent=process,
-            meter=meter,
         )
         await flows(stand)
         yield stand

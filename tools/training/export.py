@@ -20,13 +20,12 @@ import onnx
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from tools.training.plan import INPUT, Concat, Conv, Layer, Merge, Pool, head_names
+from tools.training.plan import INPUT, MIDDLE, Concat, Conv, Layer, Merge, Pool, head_names
 from tools.training.rounding import rounded
 
 OPSET = 13  # first opset with per-channel QuantizeLinear
 IR_VERSION = 8
 WEIGHT_LIMIT = 64  # reduced range
-MIDDLE = 128  # of a sample: chroma without colour, and what is subtracted from luma too
 RGB_FROM_YCC = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])  # of Y, Cb - 128, Cr - 128: JFIF
 Convolution = tuple[NDArray[np.float32], NDArray[np.float32]]  # weight and bias
 Weights = Mapping[str, Convolution]

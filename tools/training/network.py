@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tools.training.plan import INPUT, Concat, Conv, Layer, Pool, Shape, head_names, plan
+from tools.training.plan import INPUT, MIDDLE, Concat, Conv, Layer, Pool, Shape, head_names, plan
 
-GREY = 128 / 255  # what lies beyond the picture (tools.training.export)
+GREY = MIDDLE / 255  # what lies beyond the picture
 PRIOR = 0.01  # initial score of every cell, as in focal loss (arXiv 1708.02002, 4.1)
 
 

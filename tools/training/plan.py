@@ -67,6 +67,7 @@ class Merge:
 
 Layer = Conv | Pool | Concat | Merge
 INPUT = "picture"
+MIDDLE = 128  # of a sample: chroma without colour, what is subtracted from luma too, and what the border is padded with
 
 
 def head_names() -> tuple[str, ...]:

@@ -21,9 +21,9 @@ from agent.pictures.formats import Colour
 from agent.redaction.detector import converted, frame_of, prepared
 from agent.redaction.manifest import FORMAT, Input, Layout
 from tools.training.dataset import CLASSES
-from tools.training.export import MIDDLE, Range, float_model, int8_model
+from tools.training.export import Range, float_model, int8_model
 from tools.training.network import Network, folded
-from tools.training.plan import INPUT, STRIDES, VALUES_PER_CLASS, Conv, Merge
+from tools.training.plan import INPUT, MIDDLE, STRIDES, VALUES_PER_CLASS, Conv, Merge
 from tools.training.rounding import moments
 
 TAIL = 1e-4  # share of a tensor's values beyond its calibrated range on each side
