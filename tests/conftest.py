@@ -6,6 +6,7 @@ import pytest
 from fake_broker import fake_broker
 
 from agent.mqtt import backoff
+from agent.redaction import redaction, samples, turbojpeg
 from agent.uplink import uplink
 from tools.brokers import mosquitto
 
@@ -34,6 +35,18 @@ def quick_uplinks(monkeypatch):
     """Uplinks reconnect after milliseconds: the waits themselves have tests of their own."""
     monkeypatch.setattr(backoff, "FIRST_SECONDS", 0.02)
     monkeypatch.setattr(uplink, "delays", lambda draw: backoff.delays(draw, first=0.02, longest=0.1))
+
+
+@pytest.fixture(scope="module", params=["libturbojpeg", "Pillow"])
+def codec(request):
+    """Both ways in which JPEGs are decoded and masked: with the library that a system may have, and without."""
+    if request.param == "libturbojpeg" and turbojpeg.turbo() is None:
+        pytest.skip(f"{turbojpeg.LIBRARY} is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "Pillow":
+            patch.setattr(samples, "turbo", lambda: None)
+            patch.setattr(redaction, "turbo", lambda: None)
+        yield request.param
 
 
 @pytest.fixture

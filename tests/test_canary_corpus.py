@@ -42,6 +42,7 @@ def test_search_finds_the_secret_before_redaction(vector):
     assert leaks(vector, vector.payload)
 
 
+@pytest.mark.usefixtures("codec")
 @pytest.mark.parametrize("vector", VECTORS, ids=named)
 def test_no_secret_leaves(vector):
     fate, said = fate_of(vector)

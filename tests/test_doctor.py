@@ -23,6 +23,7 @@ from agent.__main__ import main
 from agent.doctor import machine, network
 from agent.doctor.examine import examine
 from agent.doctor.model import png, try_model
+from agent.redaction.turbojpeg import codec
 from agent.redaction.worker import RedactionWorker
 from agent.settings.config import shipped_manifest
 from tools.brokers import free_port, mosquitto
@@ -45,6 +46,7 @@ async def test_doctor_finds_nothing_wrong_with_a_working_car(tmp_path, patience)
     assert all(not finding.advice for finding in found.values()), [str(finding) for finding in found.values()]
     assert str(found["endpoint cn"]).startswith("ok    endpoint cn: ")
     assert "1280x720 in" in found["model"].detail
+    assert f"JPEG by {codec()}" in found["model"].detail
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700, "made as the daemon makes it"
 
 

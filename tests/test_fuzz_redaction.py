@@ -75,6 +75,7 @@ def outcome(data: bytes) -> RedactedPayload | str:
         return refused.reason.split(".")[0]
 
 
+@pytest.mark.usefixtures("codec")
 @fuzz
 @example(bytes(range(0x20, 0x7F)))  # what is left of a picture may be readable
 @given(damaged(PICTURES))
@@ -89,6 +90,7 @@ def test_damaged_picture_is_refused_or_leaves_masked(data):
         assert len(data) < 64 or inspect(data, LIMITS).opaque or data.decode("ascii").isprintable()
 
 
+@pytest.mark.usefixtures("codec")
 @fuzz
 @given(damaged(PAYLOADS))
 def test_damaged_payload_is_refused_or_every_picture_in_it_leaves_masked(data):
@@ -146,6 +148,7 @@ def test_exactly_the_pictures_of_an_invented_msgpack_tree_are_replaced(tree):
     assert msgpack.unpackb(after, strict_map_key=False) == exchanged(tree, FIRST, SECOND)
 
 
+@pytest.mark.usefixtures("codec")
 @fuzz
 @given(st.binary(max_size=300) | st.text(max_size=200).map(str.encode))
 def test_invented_bytes_are_answered_or_refused(data):

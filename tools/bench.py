@@ -105,5 +105,6 @@ def _head(found: Mapping[str, Any]) -> str:
     before, after = (found[key][0] for key in ("load_before", "load_after"))
     return (
         f"{found['cpu']}, {found['cores']} cores, Linux {found['kernel']}, Python {found['python']}, "
-        f"mosquitto {found['mosquitto']}, {packages}; load average {before} before, {after} after"
+        f"mosquitto {found['mosquitto']}, {packages}, JPEG by {found['jpeg']}; "
+        f"load average {before} before, {after} after"
     )

@@ -49,7 +49,8 @@ async def try_model(setup: Setup) -> Finding:
 
 
 def _judged(worker: RedactionWorker, seconds: float) -> Finding:
-    detail = f"{worker.digest[:12]}, {WIDTH}x{HEIGHT} in {seconds * 1000:.0f} ms, {worker.resident_bytes >> 20} MiB"
+    picture = f"{WIDTH}x{HEIGHT} in {seconds * 1000:.0f} ms, JPEG by {worker.codec}"
+    detail = f"{worker.digest[:12]}, {picture}, {worker.resident_bytes >> 20} MiB"
     if not worker.confined:
         advice = "the kernel filters no system calls of the decoders: use one with CONFIG_SECCOMP_FILTER"
         return Finding(name="model", detail=detail, advice=advice)

@@ -30,11 +30,13 @@ class Setup(Struct, frozen=True, kw_only=True):
 class Hello(Struct, frozen=True, kw_only=True):
     """Worker to agent, once: the SHA-256 of the open model, or the reason why no picture can be redacted.
 
-    `confined`: the kernel filters the worker's system calls. `resident_bytes`: of memory, here and in `Reply`.
+    `confined`: the kernel filters the worker's system calls. `codec`: what JPEGs are masked with. `resident_bytes`: of
+    memory, here and in `Reply`.
     """
 
     digest: str = ""
     confined: bool = False
+    codec: str = ""
     error: str = ""
     detail: str = ""
     resident_bytes: int = 0

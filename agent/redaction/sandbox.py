@@ -35,6 +35,7 @@ from agent.redaction import seccomp
 from agent.redaction.frames import HEADER_BYTES, Hello, Reply, Request, Setup, encode
 from agent.redaction.masking import Pixels
 from agent.redaction.redaction import redact_payload
+from agent.redaction.turbojpeg import codec
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38  # linux/prctl.h
 WARM_UP_SIDE = 64  # pixels
@@ -72,7 +73,7 @@ def main() -> int:
     except Exception as exc:  # noqa: BLE001 - whatever a model library raises, the parent hears of it and refuses
         _send(stdout, Hello(error=_start_error(exc), detail=str(exc) if isinstance(exc, AgentError) else ""))
         return 1
-    _send(stdout, Hello(digest=detector.digest, confined=confined, resident_bytes=_resident(statm)))
+    _send(stdout, Hello(digest=detector.digest, confined=confined, codec=codec(), resident_bytes=_resident(statm)))
     while (request := _next(stdin)) is not None:
         _limit_time(setup)
         reply = _answer(setup, detector, request)

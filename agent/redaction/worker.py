@@ -90,14 +90,15 @@ class RedactionWorker:
     """One worker process and its restarts. `async with` starts and ends it.
 
     `digest` is the open model's SHA-256; `error` and `detail` say why the last start failed, empty where it did not.
-    `confined` says whether the kernel filters the process's system calls; `unloaded`, that it was ended for want of
-    pictures; `restarts`, how many were started after failures.
+    `confined` says whether the kernel filters the process's system calls; `codec`, what JPEGs are masked with;
+    `unloaded`, that it was ended for want of pictures; `restarts`, how many were started after failures.
     `redactions` and `starts` are the times that payloads and starts took.
     """
 
     def __init__(self, options: WorkerOptions) -> None:
         self.digest = ""
         self.confined = False
+        self.codec = ""
         self.error = ""
         self.detail = ""
         self.unloaded = False
@@ -194,7 +195,13 @@ class RedactionWorker:
             self.digest, self.error, self.detail = "", exc.reason, exc.detail
             log.warning("worker.start-failed", extra={"reason": exc.reason})
             raise
-        self.digest, self.confined, self.error, self.detail = hello.digest, hello.confined, "", ""
+        self.digest, self.confined, self.codec, self.error, self.detail = (
+            hello.digest,
+            hello.confined,
+            hello.codec,
+            "",
+            "",
+        )
         self._resident_bytes, self._used = hello.resident_bytes, asyncio.get_running_loop().time()
         self.starts.observe(time.monotonic() - began)
 

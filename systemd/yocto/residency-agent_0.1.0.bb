@@ -24,7 +24,7 @@ RDEPENDS:${PN} = "\
     python3-prometheus-client \
     python3-zstandard \
 "
-RRECOMMENDS:${PN} = "mosquitto ca-certificates"
+RRECOMMENDS:${PN} = "mosquitto ca-certificates libturbojpeg"
 
 SYSTEMD_SERVICE:${PN} = "residency-agent.service"
 SYSTEMD_AUTO_ENABLE = "disable"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agent.redaction.turbojpeg import codec
 from tools.brokers import mosquitto_path
 
 PROC = Path("/proc")
@@ -37,6 +38,7 @@ def describe() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "mosquitto": _mosquitto_version(),
+        "jpeg": codec(),
         "packages": dict(_versions(PACKAGES)),
         "load_before": load(),
     }

@@ -4,8 +4,8 @@ Batches are numbered; a resumed run goes on with the next number, so the stream 
 The schedule follows the larger of steps done and minutes spent, so that a run always ends at the low rate.
 """
 
-# torch is loosely typed, and absent where nobody trains: the file has to pass in both cases.
-# mypy: disable-error-code="misc, no-any-return, no-untyped-call, call-overload"
+# torch is read as if it were absent (pyproject.toml).
+# mypy: disable-error-code="misc, no-any-return"
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ what it likes up to its own overlap: were it taught to be silent, a large object
 mumble.
 """
 
-# torch is loosely typed, and absent where nobody trains: the file has to pass in both cases.
-# mypy: disable-error-code="misc, no-any-return, no-untyped-call"
+# torch is read as if it were absent (pyproject.toml).
+# mypy: disable-error-code="misc, no-any-return"
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """From a checkpoint to what the agent loads: calibration, float and int8 ONNX, manifest with thresholds."""
 
-# torch is loosely typed, and absent where nobody trains: the file has to pass in both cases.
+# torch is read as if it were absent (pyproject.toml).
 # mypy: disable-error-code="misc, no-any-return"
 
 from __future__ import annotations

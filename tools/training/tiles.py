@@ -20,7 +20,7 @@ PASTE, SYNTHETIC, FLIP, ROLL = 0.2, 0.15, 0.5, 0.15  # chances
 LEVEL = 6.0  # standard deviation of a roll, degrees
 EMPHASIS: Mapping[str, float] = {
     "coco_minis": 8.0,
-    "facemask853_train": 1.8,
+    "facemask853_train": 3.0,
     "openimages_lp": 2.2,
     "usfl_lhqow": 1.8,
     "tud_street": 0.8,
