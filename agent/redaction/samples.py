@@ -33,14 +33,14 @@ OPENERS: Mapping[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 class Samples:
     """A decoded picture as it is stored: `L`, `RGB` or `YCbCr`, whose decoder mixed `bleed` pixels across blocks.
 
-    Or in planes: then `stored` is the luma alone, and `chroma` holds two planes (h, w), each as fine as `finest` says:
-    its samples for one of luma, across and down.
+    Or in planes: then `stored` is the luma alone, and `chroma` holds two planes (h, w) of `density`: how many
+    samples they have for one of luma, across and down.
     """
 
     stored: Image.Image
     bleed: int = 0
     chroma: tuple[Pixels, ...] = ()
-    finest: tuple[float, float] = (1.0, 1.0)
+    density: tuple[float, float] = (1.0, 1.0)
 
     @cached_property
     def image(self) -> Image.Image:
@@ -62,7 +62,7 @@ class Samples:
         Chroma samples are repeated where that is larger. Smoothing them instead takes 7 ms and shows the detector
         nothing: they are as coarse anyway (models/README.md, "Measured").
         """
-        box = (0.0, 0.0, self.stored.width * self.finest[0], self.stored.height * self.finest[1])
+        box = (0.0, 0.0, self.stored.width * self.density[0], self.stored.height * self.density[1])
         larger = luma.width >= box[2]
         way = Image.Resampling.NEAREST if larger else Image.Resampling.BILINEAR
         return Image.merge(
@@ -89,7 +89,7 @@ def decode(header: Header) -> Samples:
 def _of_planes(header: Header, luma: Pixels, chroma: tuple[Pixels, ...]) -> Samples:
     """Both chroma planes have the sampling factors (1, 1) in every JPEG that is taken apart."""
     fine = (8 / header.block[0], 8 / header.block[1])
-    return Samples(stored=Image.fromarray(luma), chroma=chroma, finest=fine)
+    return Samples(stored=Image.fromarray(luma), chroma=chroma, density=fine)
 
 
 def _whole(header: Header) -> Image.Image:
