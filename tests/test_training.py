@@ -251,8 +251,46 @@ def test_synthetic_plate_has_its_style_s_proportions_and_something_written(style
     assert np.asarray(flat.convert("L")).std() > 15
 
 
-def test_six_regions_are_drawn():
-    assert {style.name[:2] for style in plates.STYLES} == {"cn", "eu", "uk", "us", "jp", "kr"}
+def test_eight_regions_are_drawn():
+    assert {style.name[:2] for style in plates.STYLES} == {"cn", "eu", "uk", "us", "jp", "kr", "hk", "in"}
+
+
+def car(brightness, *rows):
+    """A grey scene with a white plate, as bright as given, in each labelled place."""
+    pixels = np.full((120, 300, 3), 60, np.uint8)
+    for _, (x1, y1, x2, y2), _ in rows:
+        pixels[y1:y2, x1:x2] = brightness
+    return Tile(pixels=pixels, targets=Targets.of(rows))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_plate_of_another_style_takes_exactly_the_place_of_the_real_one_and_its_light(seed):
+    before = {light: car(light, (PLATE, (20, 30, 124, 56), False)) for light in (240, 48)}
+    after = {light: plates.restyled(scene, 1.0, np.random.default_rng(seed)) for light, scene in before.items()}
+    for light, scene in after.items():
+        assert scene.targets is before[light].targets
+        changed = (scene.pixels != before[light].pixels).any(axis=2)
+        assert changed[30:56, 20:124].mean() > 0.5
+        changed[30:56, 20:124] = False
+        assert not changed.any()
+    assert after[48].pixels[30:56, 20:124].mean() < after[240].pixels[30:56, 20:124].mean() / 3
+
+
+@pytest.mark.parametrize(
+    ("row", "chance"),
+    [
+        ((PLATE, (20, 30, 124, 56), False), 0.0),
+        ((PLATE, (20, 30, 124, 56), True), 1.0),
+        ((FACE, (20, 30, 124, 56), False), 1.0),
+        ((PLATE, (20, 30, 30, 110), False), 1.0),
+        ((PLATE, (20, 30, 50, 37), False), 1.0),
+        ((PLATE, (310, 30, 420, 56), False), 1.0),
+    ],
+    ids=["no chance", "ignored", "no plate", "shaped like none", "too small", "outside"],
+)
+def test_what_is_no_plate_to_restyle_is_left_as_it_is(row, chance):
+    scene = car(240, row)
+    assert np.array_equal(plates.restyled(scene, chance, np.random.default_rng(0)).pixels, scene.pixels)
 
 
 def test_homography_sends_corners_to_their_images():

@@ -1,4 +1,4 @@
-"""Synthetic licence plates in the styles of six regions, drawn flat and then seen in perspective.
+"""Synthetic licence plates in the styles of eight regions: drawn flat, then seen in perspective, or on a real car.
 
 The styles follow the published sizes and colours of real plates; letters are the picture library's own font, and
 Chinese, Japanese and Korean signs are strokes that only look like them. No real plate is copied.
@@ -7,17 +7,19 @@ Chinese, Japanese and Korean signs are strokes that only look like them. No real
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from tools.training.augment import Tile, pasted
+from tools.training.dataset import CLASSES
 
 Colour = tuple[int, int, int]
 WHITE, BLACK, YELLOW, BLUE, GREEN = (240, 240, 238), (20, 20, 22), (240, 190, 30), (20, 60, 160), (90, 200, 130)
+DARK_GREEN, DARK_BLUE = (20, 80, 50), (25, 35, 90)
 HEIGHT = 64  # pixels of a flat plate before perspective
 
 
@@ -55,12 +57,40 @@ STYLES = (
     Style(
         name="jp",
         aspect=330 / 165,
-        grounds=((WHITE, (20, 80, 50)), (YELLOW, BLACK), ((20, 80, 50), WHITE)),
+        grounds=((WHITE, DARK_GREEN), (YELLOW, BLACK), (DARK_GREEN, WHITE)),
         patterns=("## 999|# 99-99",),
         two_rows=True,
     ),
     Style(name="kr", aspect=520 / 110, grounds=((WHITE, BLACK),), patterns=("99# 9999", "999# 9999"), left_band=BLUE),
+    Style(
+        name="kr_older", aspect=335 / 170, grounds=((DARK_GREEN, WHITE), (YELLOW, BLACK)), patterns=("## 99|# 9999",)
+    ),
+    Style(name="cn_black", aspect=440 / 140, grounds=((BLACK, WHITE),), patterns=("#A.99A99", "#A.9999#")),
+    Style(
+        name="hk", aspect=520 / 110, grounds=((WHITE, BLACK), (YELLOW, BLACK)), patterns=("AA 9999", "AA 999", "A 9999")
+    ),
+    Style(
+        name="hk_square", aspect=295 / 200, grounds=((WHITE, BLACK), (YELLOW, BLACK)), patterns=("AA|9999", "AA|999")
+    ),
+    Style(
+        name="eu_square", aspect=280 / 200, grounds=((WHITE, BLACK),), patterns=("AA 9|999", "A 99|AAA"), left_band=BLUE
+    ),
+    Style(
+        name="us_dark",
+        aspect=305 / 152,
+        grounds=((BLACK, YELLOW), (DARK_BLUE, WHITE), (DARK_BLUE, YELLOW), (DARK_GREEN, WHITE)),
+        patterns=("9AAA999", "AAA 9999", "999 AAA"),
+    ),
+    Style(
+        name="in",
+        aspect=500 / 120,
+        grounds=((WHITE, BLACK), (YELLOW, BLACK), (DARK_GREEN, WHITE), (BLACK, YELLOW)),
+        patterns=("AA99AA9999", "AA 99 A 9999"),
+    ),
 )
+NARROWED = (0.55, 1.15)  # how much narrower or wider than from the front a real plate may be seen that is restyled
+BRIGHT = 235.0  # what the brightest tenth of a plate shows in full light: its ground or its letters
+LEAST_RESTYLED = 8  # pixels of height
 
 
 def flat_plate(style: Style, rng: Generator) -> Image.Image:
@@ -161,3 +191,23 @@ def with_plate(tile: Tile, rng: Generator) -> Tile:
     around = tile.pixels[corner[1] : corner[1] + pixels.shape[0], corner[0] : corner[0] + pixels.shape[1]]
     light = np.clip(around.mean() / 130 * rng.uniform(0.8, 1.4), 0.25, 1.1)
     return pasted(tile, np.clip(pixels * light, 0, 255).astype(np.uint8), mask, "plate", corner)
+
+
+def restyled(tile: Tile, chance: float, rng: Generator) -> Tile:
+    """A tile in which each labelled plate has become, with this chance, one of another style in the same light."""
+    pixels = tile.pixels.copy()
+    for box in tile.targets.boxes[(tile.targets.classes == CLASSES.index("plate")) & ~tile.targets.ignored]:
+        if rng.random() >= chance:
+            continue
+        x1, y1 = np.maximum(box[:2].round().astype(int), 0)
+        x2, y2 = box[2:].round().astype(int)
+        part = pixels[y1:y2, x1:x2]
+        high, wide = part.shape[:2]
+        fitting = [style for style in STYLES if high and NARROWED[0] < wide / high / style.aspect < NARROWED[1]]
+        if high < LEAST_RESTYLED or not fitting:
+            continue
+        flat = flat_plate(fitting[int(rng.integers(len(fitting)))], rng).resize((wide, high), Image.Resampling.BOX)
+        blurred = flat.filter(ImageFilter.GaussianBlur(rng.uniform(0, high / 25)))
+        light = np.clip(np.percentile(part.mean(2), 90) / BRIGHT, 0.1, 1.1)
+        part[:] = np.clip(np.asarray(blurred) * light, 0, 255).astype(np.uint8)
+    return replace(tile, pixels=pixels)

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from tools.training.augment import Tile, flipped, mosaic, paste_from, rolled
 from tools.training.dataset import Entry, Targets, load_picture, targets_of
-from tools.training.plates import with_plate
+from tools.training.plates import restyled, with_plate
 from tools.training.weather import weathered
 
 GRIDS, GRID_CHANCES = (1, 4, 9), (0.7, 0.27, 0.03)
-PASTE, SYNTHETIC, FLIP, ROLL = 0.2, 0.15, 0.5, 0.15  # chances
+PASTE, SYNTHETIC, RESTYLED, FLIP, ROLL = 0.2, 0.15, 0.25, 0.5, 0.15  # chances; RESTYLED is each real plate's
 LEVEL = 6.0  # standard deviation of a roll, degrees
 EMPHASIS: Mapping[str, float] = {
     "coco_minis": 8.0,
@@ -54,6 +54,7 @@ class Album:
 def training_tile(album: Album, size: int, rng: Generator) -> Tile:
     """One tile of (size, size) pixels."""
     tile = mosaic(album.draw(int(rng.choice(GRIDS, p=GRID_CHANCES)), rng), size, rng)
+    tile = restyled(tile, RESTYLED, rng)
     if rng.random() < PASTE:
         tile = paste_from(tile, album.draw(1, rng)[0], rng)
     if rng.random() < SYNTHETIC:
