@@ -1,5 +1,6 @@
 import importlib.util
 import json
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -37,6 +38,7 @@ from tools.training.export import (
     float_model,
     int8_model,
     rgb_from_ycc,
+    side_by_side,
     weight_scales,
     ycc_from_rgb,
 )
@@ -473,9 +475,43 @@ def test_first_convolution_is_rounded_for_what_it_sees():
     errors = []
     for together in (None, moments(PATCHES)):
         model = onnx.load_from_string(int8_model(layers, weights, ranges_of(SMALL), 15, together))
-        (steps,) = (onnx.numpy_helper.to_array(one) for one in model.graph.initializer if one.name == "stem.w.q")
+        (merged,) = (onnx.numpy_helper.to_array(one) for one in model.graph.initializer if one.name == "stem.w.q")
+        first = merged.reshape(2, len(stem), 4, 3, 3, 2)[0]  # of two columns of the result
+        steps = np.stack([first[:, 3, ..., 0], first[:, 0, ..., 1], first[:, 1, ..., 1]], axis=-1)
         errors.append(missed(steps.reshape(exact.shape).astype(float), exact))
     assert errors[1] < 0.1 * errors[0]
+
+
+def convolved(values, weight, strides, before):
+    """Sums of (H, W, C) values, with a border of noughts of one row, and of `before` columns on the left."""
+    rows, across = weight.shape[2:]
+    padded = np.pad(values, ((1, rows), (before, across), (0, 0)))
+    high, wide = values.shape[0] // strides[0], values.shape[1] // strides[1]
+    views = [[padded[y * strides[0] :, x * strides[1] :][:rows, :across] for x in range(wide)] for y in range(high)]
+    return np.einsum("oikl,yxkli->yxo", weight, np.array(views))
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([2, 4, 8]), st.integers(0, 99))
+def test_columns_side_by_side_give_the_same_sums(outputs, channels, taken, seed):
+    rng = np.random.default_rng(seed)
+    weight = rng.integers(-64, 65, (outputs, channels, 3, 3))
+    values = rng.integers(-128, 128, (6, 3 * taken, channels))
+    beside = values.reshape(6, 3, taken * channels)
+    found = convolved(beside, side_by_side(weight, taken), (2, 1), 1)
+    wanted = convolved(values, weight, (2, 2), 1)
+    assert np.array_equal(found.reshape(wanted.shape), wanted)
+
+
+def test_int8_network_is_run_in_whole_numbers_but_for_the_last_convolution_of_each_head(tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    whole = int8_model(plan(SMALL), weights_of(SMALL), ranges_of(SMALL), 15)
+    onnxruntime.InferenceSession(whole, options, providers=["CPUExecutionProvider"])
+    nodes = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    assert nodes["DequantizeLinear"] == nodes["Conv"] == len(head_names())
+    assert nodes["QuantizeLinear"] == nodes["Add"] == 0
 
 
 def test_zero_is_exact_in_every_range():

@@ -3,6 +3,7 @@
 The graph's input is the picture itself, uint8 (1, H, W, 3), its output float32 (1, N, classes * 5). In int8 the
 picture's bytes are the first convolution's quantised input (scale 1/255), weights are signed per channel and keep to
 +-64, so that CPUs without VNNI cannot saturate (255 * 64 * 2 < 2^15). The last convolution of each head stays float.
+The first two convolutions, of few channels, look at several columns at once (`side_by_side`): equal sums in less time.
 
 A network is trained on RGB and shipped for the YCbCr that JPEG holds: the first convolution's weights take the
 conversion in, so that nobody has to do it for each pixel. Its input is (sample - 128) / 255 in all three planes; what
@@ -29,6 +30,8 @@ WEIGHT_LIMIT = 64  # reduced range
 RGB_FROM_YCC = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])  # of Y, Cb - 128, Cr - 128: JFIF
 Convolution = tuple[NDArray[np.float32], NDArray[np.float32]]  # weight and bias
 Weights = Mapping[str, Convolution]
+CHANNELS = 3  # of a picture
+COLUMNS = 4  # of the picture that the int8 network takes as one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +49,19 @@ class Range:
 
 
 class _Graph:
-    """Collects nodes and constants under unique names. `seen`: moments of what the first convolution sees."""
+    """Collects nodes and constants under unique names. `seen`: moments of what the first convolution sees.
+
+    `columns`: of tensors whose columns hold several of the plan's side by side, how many.
+    """
 
     def __init__(self, seen: NDArray[np.float64] | None = None) -> None:
         self.seen = seen
+        self.columns: dict[str, int] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
     def constant(self, name: str, value: ArrayLike) -> str:
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.constants.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
     def add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:  # noqa: ANN401 - as onnx takes them
@@ -89,7 +96,9 @@ def int8_model(
     as all others are.
     """
     graph = _Graph(together)
-    graph.add("Transpose", [INPUT], "planes", perm=[0, 3, 1, 2])
+    beside = graph.constant("beside", np.array([0, 0, -1, COLUMNS * CHANNELS], np.int64))
+    graph.add("Transpose", [graph.add("Reshape", [INPUT, beside], "columns")], "planes", perm=[0, 3, 1, 2])
+    graph.columns[INPUT] = COLUMNS
     grids = {INPUT: (1 / 255, MIDDLE)}
     weights = _for_ycc(layers, weights)
     names = {INPUT: "planes"}
@@ -194,12 +203,35 @@ def _int8_conv(
     steps = _steps(weight / scales[:, None, None, None], graph.seen if layer.source == INPUT else None)
     bias_scales = (scales * grids[layer.source][0]).astype(np.float32)
     offsets = np.round(bias / bias_scales).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32)
+    taken = graph.columns.get(layer.source, 1)
+    made = taken // 2
+    if made:
+        graph.columns[layer.name] = made
+        steps, scales = side_by_side(steps, taken), np.tile(scales, made)
+        bias_scales, offsets = np.tile(bias_scales, made), np.tile(offsets, made)
     inputs = [
         real,
         _real_constant(graph, steps, scales, f"{layer.name}.w"),
         _real_constant(graph, offsets, bias_scales, f"{layer.name}.b"),
     ]
-    return _quantised(graph, _conv(graph, layer, inputs, f"{layer.name}.sum"), grids[layer.name], layer.name)
+    result = _conv(graph, layer, inputs, f"{layer.name}.sum", merged=bool(made))
+    return _quantised(graph, result, grids[layer.name], layer.name)
+
+
+def side_by_side(weight: NDArray[np.int8], taken: int) -> NDArray[np.int8]:
+    """Weight (O, C, 3, 3) of a convolution of stride 2, for an input that holds `taken` columns as channels of one.
+
+    It becomes (O taken / 2, C taken, 3, 2), of stride 2 down and 1 across, and makes half as many columns of one. The
+    sums are the same. Between few channels it takes half the time, for what is gathered for a sum lies together.
+    """
+    outputs, channels = weight.shape[:2]
+    made = taken // 2
+    result = np.zeros((made, outputs, taken, channels, 3, 2), weight.dtype)
+    for column in range(made):
+        for across in range(3):
+            place = 2 * column + across - 1  # in the column's own group; -1 is the last of the group before
+            result[column, :, place, :, :, 0 if place < 0 else 1] = weight[..., across]
+    return result.reshape(made * outputs, taken * channels, 3, 2)
 
 
 def _steps(exact: NDArray[np.float32], together: NDArray[np.float64] | None) -> NDArray[np.int8]:
@@ -239,14 +271,16 @@ def _quantised(graph: _Graph, source: str, grid: tuple[float, int], name: str) -
     return graph.add("QuantizeLinear", [source, *_ends(graph, grid, name)], name)
 
 
-def _conv(graph: _Graph, layer: Conv, inputs: list[str], output: str) -> str:
+def _conv(graph: _Graph, layer: Conv, inputs: list[str], output: str, *, merged: bool = False) -> str:
+    """`merged`: with the weights of `side_by_side`."""
+    around = layer.kernel // 2
     return graph.add(
         "Conv",
         inputs,
         output,
-        kernel_shape=[layer.kernel] * 2,
-        strides=[layer.stride] * 2,
-        pads=[layer.kernel // 2] * 4,
+        kernel_shape=[layer.kernel, 2] if merged else [layer.kernel] * 2,
+        strides=[layer.stride, 1] if merged else [layer.stride] * 2,
+        pads=[around, 1, around, 0] if merged else [around] * 4,
     )
 
 
