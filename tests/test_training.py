@@ -510,8 +510,9 @@ def test_int8_network_is_run_in_whole_numbers_but_for_the_last_convolution_of_ea
     whole = int8_model(plan(SMALL), weights_of(SMALL), ranges_of(SMALL), 15)
     onnxruntime.InferenceSession(whole, options, providers=["CPUExecutionProvider"])
     nodes = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
-    assert nodes["DequantizeLinear"] == nodes["Conv"] == len(head_names())
-    assert nodes["QuantizeLinear"] == nodes["Add"] == 0
+    assert nodes["DequantizeLinear"] == nodes["MatMul"] == len(head_names())
+    assert nodes["QuantizeLinear"] == nodes["Conv"] == 0
+    assert nodes["QLinearAdd"] == sum(isinstance(layer, Merge) for layer in plan(SMALL))
 
 
 def test_zero_is_exact_in_every_range():

@@ -67,6 +67,7 @@ class Merge:
 
 Layer = Conv | Pool | Concat | Merge
 INPUT = "picture"
+CHANNELS = 3  # of a picture
 MIDDLE = 128  # of a sample: chroma without colour, what is subtracted from luma too, and what the border is padded with
 
 
@@ -81,7 +82,7 @@ def plan(shape: Shape) -> tuple[Layer, ...]:
 
 
 def _trunk(shape: Shape) -> list[Layer]:
-    layers: list[Layer] = [Conv(name="stem", source=INPUT, inputs=3, outputs=shape.widths[0], stride=2)]
+    layers: list[Layer] = [Conv(name="stem", source=INPUT, inputs=CHANNELS, outputs=shape.widths[0], stride=2)]
     last, width = "stem", shape.widths[0]
     for index, (outputs, extra) in enumerate(zip(shape.widths[1:], shape.blocks, strict=True)):
         for step in range(extra + 1):
