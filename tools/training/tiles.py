@@ -19,10 +19,11 @@ GRIDS, GRID_CHANCES = (1, 4, 9), (0.7, 0.27, 0.03)
 PASTE, SYNTHETIC, RESTYLED, FLIP, ROLL = 0.2, 0.15, 0.25, 0.5, 0.15  # chances; RESTYLED is each real plate's
 LEVEL = 6.0  # standard deviation of a roll, degrees
 EMPHASIS: Mapping[str, float] = {
-    "coco_minis": 8.0,
+    "coco_minis": 7.0,
     "facemask853_train": 3.0,
-    "openimages_lp": 2.2,
-    "usfl_lhqow": 1.8,
+    "experiment_plates_uniq": 1.3,
+    "openimages_lp": 2.6,
+    "usfl_lhqow": 2.0,
     "tud_street": 0.8,
     "bikeshelmets": 1.2,
     "ro_dashcam_day": 0.7,
