@@ -22,6 +22,7 @@ from agent.redaction.masking import Pixels
 from agent.redaction.scaling import shrunk
 from agent.redaction.turbojpeg import turbo
 
+BLOCK = 8  # samples of a JPEG's block in either direction
 OPENERS: Mapping[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     Format.JPEG: JpegImagePlugin.JpegImageFile,
     Format.PNG: PngImagePlugin.PngImageFile,
@@ -33,19 +34,19 @@ OPENERS: Mapping[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 class Samples:
     """A decoded picture as it is stored: `L`, `RGB` or `YCbCr`, whose decoder mixed `bleed` pixels across blocks.
 
-    Or in planes: then `stored` is the luma alone, and `chroma` holds two planes (h, w) of `density`: how many
-    samples they have for one of luma, across and down.
+    Or in planes: then `stored` is the luma alone, and the second and third band of `chroma`, a `YCbCr` of its own size,
+    are the chroma. `density` is how many samples they have for one of luma, across and down.
     """
 
     stored: Image.Image
     bleed: int = 0
-    chroma: tuple[Pixels, ...] = ()
+    chroma: Image.Image | None = None
     density: tuple[float, float] = (1.0, 1.0)
 
     @cached_property
     def image(self) -> Image.Image:
         """All of it; planes are joined when it is asked for: just before encoding, it is read from the CPU's cache."""
-        return self._joined(self.stored) if self.chroma else self.stored
+        return self.stored if self.chroma is None else _joined(self.stored, self.chroma, self._extent)
 
     def seen(self, size: tuple[int, int], colour: Colour) -> Pixels:
         """RGB or YCbCr (H, W, 3) in a size of the stored picture (width, height)."""
@@ -53,28 +54,32 @@ class Samples:
             image = self.image
         else:
             image = shrunk(self.stored, size)
-            image = self._joined(image) if self.chroma else image
+            image = image if self.chroma is None else _joined(image, self.chroma, self._extent)
         return np.asarray(image if image.mode == MODES[colour] else image.convert(MODES[colour]))
 
-    def _joined(self, luma: Image.Image) -> Image.Image:
-        """`YCbCr` in the size of `luma`.
+    @property
+    def _extent(self) -> tuple[float, float]:
+        """How much of `chroma` the picture covers: its last sample may lie half beyond the edge."""
+        return self.stored.width * self.density[0], self.stored.height * self.density[1]
 
-        Chroma samples are repeated where that is larger. Smoothing them instead takes 7 ms and shows the detector
-        nothing: they are as coarse anyway (models/README.md, "Measured").
-        """
-        box = (0.0, 0.0, self.stored.width * self.density[0], self.stored.height * self.density[1])
-        larger = luma.width >= box[2]
-        way = Image.Resampling.NEAREST if larger else Image.Resampling.BILINEAR
-        return Image.merge(
-            "YCbCr", (luma, *(Image.fromarray(plane).resize(luma.size, way, box) for plane in self.chroma))
-        )
+
+def _joined(luma: Image.Image, chroma: Image.Image, extent: tuple[float, float]) -> Image.Image:
+    """`YCbCr` in the size of `luma`.
+
+    Chroma samples are repeated where that is larger. Smoothing them instead takes 7 ms and shows the detector nothing:
+    they are as coarse anyway (models/README.md, "Measured").
+    """
+    way = Image.Resampling.NEAREST if luma.width >= extent[0] else Image.Resampling.BILINEAR
+    image = chroma.resize(luma.size, way, (0, 0, *extent))
+    image.im.putband(luma.im, 0)
+    return image
 
 
 def decode(header: Header) -> Samples:
     """Decode the cleaned stream; whatever a codec raises refuses the picture."""
     try:
         if header.format is Format.JPEG and (library := turbo()) and (planes := library.planes(header)):
-            return _of_planes(header, planes[0], planes[1:])
+            return _of_planes(header, *map(Image.fromarray, planes))
         if header.sampling == jpeg.QUARTER_CHROMA and min(header.width, header.height) > 1:
             return _quartered(header)
         return Samples(stored=_whole(header), bleed=header.bleed)
@@ -86,10 +91,14 @@ def decode(header: Header) -> Samples:
         raise RefusedError("picture.corrupt", type(exc).__name__) from exc
 
 
-def _of_planes(header: Header, luma: Pixels, chroma: tuple[Pixels, ...]) -> Samples:
-    """Both chroma planes have the sampling factors (1, 1) in every JPEG that is taken apart."""
-    fine = (8 / header.block[0], 8 / header.block[1])
-    return Samples(stored=Image.fromarray(luma), chroma=chroma, density=fine)
+def _of_planes(header: Header, luma: Image.Image, *chroma: Image.Image) -> Samples:
+    """Both chroma planes have the sampling factors (1, 1) in every JPEG that is taken apart; a grey one has none."""
+    both = Image.merge("YCbCr", (chroma[0], *chroma)) if chroma else None
+    return Samples(stored=luma, chroma=both, density=_density(header))
+
+
+def _density(header: Header) -> tuple[float, float]:
+    return BLOCK / header.block[0], BLOCK / header.block[1]
 
 
 def _whole(header: Header) -> Image.Image:
@@ -112,7 +121,7 @@ def _quartered(header: Header) -> Samples:
     half = _drafted(header, "YCbCr", (header.width // 2, header.height // 2))
     _check_size(luma, (header.width, header.height))
     _check_size(half, ((header.width + 1) // 2, (header.height + 1) // 2))
-    return _of_planes(header, np.asarray(luma), tuple(np.asarray(half.getchannel(band)) for band in (1, 2)))
+    return Samples(stored=luma, chroma=half, density=_density(header))
 
 
 def _drafted(header: Header, mode: str, size: tuple[int, int] | None) -> Image.Image:
