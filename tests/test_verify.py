@@ -56,6 +56,25 @@ def test_unknown_place_permits_what_any_place_may_and_a_country_without_a_region
     assert permits("DE", "vehicle/gnss") == ()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"regions": {"cn": {}}},
+        {"regions": ["cn"]},
+        {"rules": [{"topic": "#", "action": "forward"}]},
+        {"rules": [{"action": "refuse"}]},
+        {"permit": {"cn": 1}},
+    ],
+    ids=str,
+)
+def test_policy_that_is_none_is_wrong_usage_and_told_before_anything_runs(wrong, tmp_path, capsys):
+    (tmp_path / "policy.toml").write_text(toml_text({**policy_values(), **wrong}))
+    options = ["--policy", str(tmp_path / "policy.toml"), "--offline", "--quiet", "--out", str(tmp_path / "run")]
+    assert main(["verify", str(BUNDLED), *options]) == 2
+    assert "the policy cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_stretch_says_where_the_car_was_and_else_the_ground_truth_does(tmp_path):
     expected = expectations(tmp_path, '[[stretch]]\nfrom_s = 10\nto_s = 20\ncountry = "DK"')
     truth = Truth(positions=(), crossings=(Crossing(from_ns=0, country="CN"),), pictures=())

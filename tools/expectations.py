@@ -120,16 +120,25 @@ def read_expectations(path: Path | None) -> Expectations:
 
 
 def permits_of(policy: Mapping[str, Any]) -> Permits:
-    """What a policy.toml permits, read from its values without the agent's code: first rule, then the permit table."""
-    region_of = {code: name for name, region in policy["regions"].items() for code in region["countries"]}
+    """What a policy.toml permits, read from its values without the agent's code: first rule, then the permit table.
+
+    Raises ExpectationError for values that are no policy's.
+    """
+    try:
+        region_of = {code: name for name, region in policy["regions"].items() for code in region["countries"]}
+        rules = [(one["topic"], "" if one["action"] == "refuse" else one["class"]) for one in policy["rules"]]
+        endpoints, permit = tuple(policy["endpoints"]), {name: dict(row) for name, row in policy["permit"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        message = f"the policy cannot be read: {type(exc).__name__}: {exc}"
+        raise ExpectationError(message) from exc
 
     def permitted(country: str, topic: str) -> tuple[str, ...]:
-        rule = next((one for one in policy["rules"] if matches(one["topic"], topic)), {"action": "refuse"})
-        if rule["action"] == "refuse":
+        data_class = next((found for pattern, found in rules if matches(pattern, topic)), "")
+        if not data_class:
             return ()
         if country == UNKNOWN:
-            return tuple(policy["endpoints"])
-        return tuple(policy["permit"].get(region_of.get(country, ""), {}).get(rule["class"], ()))
+            return endpoints
+        return tuple(permit.get(region_of.get(country, ""), {}).get(data_class, ()))
 
     return permitted
 

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from agent.errors import AgentError
 from tools import archive, archive_page, archive_results, offline
-from tools.expectations import Check, ExpectationError, Expectations, read_expectations
+from tools.expectations import Check, ExpectationError, Expectations, permits_of, read_expectations
 from tools.run_file import keep
 from tools.scene import agent_values
 from tools.schedule import Options
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         expected = read_expectations(arguments.expect)
         return (_archive if arguments.archive else _one)(arguments, expected)
-    except (ExpectationError, tomllib.TOMLDecodeError, KeyError) as exc:
+    except (ExpectationError, tomllib.TOMLDecodeError) as exc:
         print(f"verify: {exc}", file=sys.stderr)
         return USAGE_STATUS
     except (AgentError, OSError) as exc:
@@ -140,6 +140,7 @@ def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
     if missing or arguments.speed <= 0:
         message = f"{arguments.policy}: no {missing[0]}" if missing else "--speed: wanted more than 0"
         raise ExpectationError(message)
+    permits_of(policy)
     speed = 1.0 if arguments.offline or arguments.archive else arguments.speed
     return Setting(
         agent=_agent(given, speed, arguments.manifest),
