@@ -616,6 +616,29 @@ def test_warm_start_computes_what_the_file_computes_and_trains_as_if_it_had_neve
 
 
 @torch_needed
+def test_mean_of_a_network_and_a_file_lies_in_the_middle_of_every_folded_weight(tmp_path):
+    import torch  # noqa: PLC0415
+
+    from tools.training.network import Network, folded  # noqa: PLC0415
+    from tools.training.shipping import write  # noqa: PLC0415
+    from tools.training.start import mean_with  # noqa: PLC0415
+
+    network, model = trained(torch, SMALL)
+    path = write(tmp_path, "shipped-float", model, dict.fromkeys(CLASSES, 0.5), {})
+    picture = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        wanted = network(picture)
+        mean_with(network, path)
+        assert torch.allclose(network(picture), wanted, atol=1e-3)
+    other, first = Network(SMALL).eval(), folded(network)
+    second = folded(other)
+    mean_with(other, path)
+    for name, parts in folded(other).items():
+        for mean, one, two in zip(parts, first[name], second[name], strict=True):
+            assert torch.allclose(mean, (one + two) / 2, atol=1e-4)
+
+
+@torch_needed
 def test_warm_start_refuses_a_file_of_another_shape_or_of_no_float_weights(tmp_path):
     import torch  # noqa: PLC0415
 

@@ -53,6 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     ship.add_argument("data", type=Path)
     ship.add_argument("--checkpoint", type=Path, required=True)
     ship.add_argument("--out", type=Path, required=True)
+    ship.add_argument("--mean-with", type=Path, metavar="MANIFEST", help="a float file to average the weights with")
     ship.add_argument("--facts", type=Path, help="JSON with thresholds, name, licence, training_data, measured")
     ship.set_defaults(run=run_ship)
 
@@ -120,11 +121,14 @@ def run_ship(args: argparse.Namespace) -> int:
     """Export the averaged network of a checkpoint in float and in int8."""
     from tools.training.loop import load_average  # noqa: PLC0415
     from tools.training.shipping import exported, write  # noqa: PLC0415
+    from tools.training.start import mean_with  # noqa: PLC0415
 
     facts = json.loads(args.facts.read_bytes()) if args.facts else {}
     thresholds = facts.pop("thresholds", {"person": 0.4, "face": 0.4, "plate": 0.4})
     training, _ = divided(args.data, args.data / "labels.json")
     network = load_average(args.checkpoint)
+    if args.mean_with:
+        mean_with(network, args.mean_with)
     shipped = exported(network, calibration_pictures(training, args.data / "train"))
     for name, data in (("detector", shipped.int8), ("detector-float", shipped.real)):
         print(write(args.out, name, data, thresholds, facts))

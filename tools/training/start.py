@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from agent.errors import AgentError
 from agent.redaction.manifest import read_manifest
 from tools.training.export import rgb_from_ycc
-from tools.training.network import Network
+from tools.training.network import Network, folded
 from tools.training.plan import INPUT, Conv
 
 
@@ -34,6 +34,21 @@ def weights_in(manifest: Path) -> dict[str, NDArray[np.float32]]:
     """The float tensors of a manifest's ONNX file, by name."""
     model = onnx.load(manifest.parent / read_manifest(manifest).model)
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def _folded_in(manifest: Path, network: Network) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight and bias of every convolution of the network as a file has them, for the RGB that training has."""
+    weights = weights_in(manifest)
+    if read_manifest(manifest).input.colour == "YCbCr":
+        weights = _for_rgb(weights, network)
+    found = {}
+    for name, module in network.convs.items():
+        weight, bias = (_tensor(weights, f"{name}.{part}", manifest) for part in "wb")
+        if module.conv.weight.shape != weight.shape:
+            message = f"{manifest}: {name}.w is {tuple(weight.shape)}, wanted {tuple(module.conv.weight.shape)}"
+            raise StartError(message)
+        found[name] = weight, bias
+    return found
 
 
 def _for_rgb(weights: dict[str, NDArray[np.float32]], network: Network) -> dict[str, NDArray[np.float32]]:
@@ -48,18 +63,21 @@ def _for_rgb(weights: dict[str, NDArray[np.float32]], network: Network) -> dict[
 
 def start_from(network: Network, manifest: Path, batches: Iterable[NDArray[np.uint8]]) -> None:
     """Give the network a file's weights; `batches` (B, H, W, 3) RGB are what the norms are measured on."""
-    weights = weights_in(manifest)
-    if read_manifest(manifest).input.colour == "YCbCr":
-        weights = _for_rgb(weights, network)
     fresh = {name: float(module.conv.weight.detach().std()) for name, module in network.convs.items()}
-    for name, module in network.convs.items():
-        weight, bias = (_tensor(weights, f"{name}.{part}", manifest) for part in "wb")
-        if module.conv.weight.shape != weight.shape:
-            message = f"{manifest}: {name}.w is {tuple(weight.shape)}, wanted {tuple(module.conv.weight.shape)}"
-            raise StartError(message)
-        _put(module, weight, bias)
+    for name, (weight, bias) in _folded_in(manifest, network).items():
+        _put(network.convs[name], weight, bias)
     for name, (mean, variance) in _measured(network, batches).items():
         _refer(network.convs[name], mean, variance, fresh[name])
+
+
+def mean_with(network: Network, manifest: Path) -> None:
+    """Give a network that is no longer trained the mean of its own weights and a file's, from which its run began.
+
+    Such means find more than either end of the way between them (arXiv 2203.05482).
+    """
+    own = folded(network)
+    for name, parts in _folded_in(manifest, network).items():
+        _put(network.convs[name], *((one + other) / 2 for one, other in zip(own[name], parts, strict=True)))
 
 
 def _tensor(weights: Mapping[str, NDArray[np.float32]], name: str, manifest: Path) -> Tensor:
