@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import msgpack
 import numpy as np
@@ -92,6 +93,14 @@ def test_masked_pictures_are_recognised_and_pass(street):
 def test_picture_that_arrives_as_it_was_sent_is_a_problem(street):
     verdict = judged(street, [seen(street[0].payload)])
     assert any("unredacted" in problem for problem in verdict.problems)
+
+
+def test_picture_of_nothing_may_arrive_as_it_was_sent_but_not_say_that_it_was_masked(street):
+    empty = [replace(street[0], objects=())]
+    assert judged(empty, [seen(empty[0].payload, redaction="none")]).problems == []
+    assert any(
+        "unredacted" in problem for problem in judged(empty, [seen(empty[0].payload, redaction="plate=1")]).problems
+    )
 
 
 def test_picture_in_which_nothing_labelled_is_covered_is_a_problem_whatever_it_claims(street):
