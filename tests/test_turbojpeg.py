@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from blocks import after_soi, segment
+from blocks import after_soi, segment, tiff
 from canary import saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -174,5 +174,10 @@ def test_weaker_fill_and_a_turned_picture_are_coded_anew():
         patch.setattr("agent.redaction.redaction.turbo", lambda: library)
         redact_picture(data, lambda *_: [], RedactionOptions(fill=Fill.WEAKER_BLUR), LIMITS)
         assert not calls
-        redact_picture(data, lambda *_: [], RedactionOptions(), LIMITS)
-        assert len(calls) == 1
+        block = tiff([(0x0112, 3, 1, bytes([0, 6]))])
+        turned = after_soi(data, segment(0xE1, b"Exif\0\0" + block))
+        redact_picture(turned, lambda *_: [], RedactionOptions(metadata=frozenset()), LIMITS)
+        assert not calls
+        for picture in (data, turned):
+            redact_picture(picture, lambda *_: [], RedactionOptions(), LIMITS)
+        assert len(calls) == 2

@@ -140,7 +140,7 @@ def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
     if missing or arguments.speed <= 0:
         message = f"{arguments.policy}: no {missing[0]}" if missing else "--speed: wanted more than 0"
         raise ExpectationError(message)
-    permits_of(policy)
+    permits_of(policy)  # told now rather than after the run, which reads it for its verdict
     speed = 1.0 if arguments.offline or arguments.archive else arguments.speed
     return Setting(
         agent=_agent(given, speed, arguments.manifest),

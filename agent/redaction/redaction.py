@@ -105,7 +105,7 @@ def _masked(samples: Samples, header: Header, where: list[Area], fill: Fill, *, 
 
     Where the codec can, only the blocks in the areas are changed; else all of the picture is coded anew.
     """
-    if keep and fill is Fill.CONSTANT and header.format is Format.JPEG and (library := turbo()):
+    if keep and fill is Fill.CONSTANT and (library := turbo()):
         masked = library.masked(header, where)
         if masked is not None:
             return masked

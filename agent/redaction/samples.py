@@ -20,9 +20,8 @@ from agent.pictures import jpeg
 from agent.pictures.formats import MODES, Colour, Format, Header
 from agent.redaction.masking import Pixels
 from agent.redaction.scaling import shrunk
-from agent.redaction.turbojpeg import turbo
+from agent.redaction.turbojpeg import SIDE, turbo
 
-BLOCK = 8  # samples of a JPEG's block in either direction
 OPENERS: Mapping[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     Format.JPEG: JpegImagePlugin.JpegImageFile,
     Format.PNG: PngImagePlugin.PngImageFile,
@@ -78,7 +77,7 @@ def _joined(luma: Image.Image, chroma: Image.Image, extent: tuple[float, float])
 def decode(header: Header) -> Samples:
     """Decode the cleaned stream; whatever a codec raises refuses the picture."""
     try:
-        if header.format is Format.JPEG and (library := turbo()) and (planes := library.planes(header)):
+        if (library := turbo()) and (planes := library.planes(header)):
             return _of_planes(header, *map(Image.fromarray, planes))
         if header.sampling == jpeg.QUARTER_CHROMA and min(header.width, header.height) > 1:
             return _quartered(header)
@@ -98,7 +97,7 @@ def _of_planes(header: Header, luma: Image.Image, *chroma: Image.Image) -> Sampl
 
 
 def _density(header: Header) -> tuple[float, float]:
-    return BLOCK / header.block[0], BLOCK / header.block[1]
+    return SIDE / header.block[0], SIDE / header.block[1]
 
 
 def _whole(header: Header) -> Image.Image:

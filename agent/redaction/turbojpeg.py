@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from agent.errors import RefusedError
-from agent.pictures.formats import Colour, Header
+from agent.pictures.formats import Colour, Format, Header
 from agent.redaction.masking import Area, Pixels
 
 LIBRARY = "libturbojpeg.so.0"
@@ -35,7 +35,7 @@ KINDS: Mapping[tuple[tuple[int, int], ...], int] = {
     ((4, 1), (1, 1), (1, 1)): 5,
 }  # TJSAMP: the samplings of colour pictures that the library knows
 GREY = 3  # TJSAMP_GRAY
-SIDE = 8  # samples of a block
+SIDE = 8  # samples of a block in either direction
 BLOCK_BYTES = 2 * SIDE * SIDE  # of its coefficients
 LEVEL = 128  # that black lies below the middle of luma; chroma without colour lies in the middle
 
@@ -209,6 +209,9 @@ def codec() -> str:
 
 
 def _kind(header: Header) -> int | None:
+    """TJSAMP of a picture that the library can take; None of any other, and of what is no JPEG."""
+    if header.format is not Format.JPEG:
+        return None
     if header.colour is Colour.GREY:
         return GREY
     return KINDS.get(header.sampling) if header.colour is Colour.YCC else None

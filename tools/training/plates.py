@@ -33,7 +33,6 @@ class Style:
     patterns: tuple[str, ...]
     left_band: Colour | None = None
     right_band: Colour | None = None
-    two_rows: bool = False
 
 
 STYLES = (
@@ -59,7 +58,6 @@ STYLES = (
         aspect=330 / 165,
         grounds=((WHITE, DARK_GREEN), (YELLOW, BLACK), (DARK_GREEN, WHITE)),
         patterns=("## 999|# 99-99",),
-        two_rows=True,
     ),
     Style(name="kr", aspect=520 / 110, grounds=((WHITE, BLACK),), patterns=("99# 9999", "999# 9999"), left_band=BLUE),
     Style(
