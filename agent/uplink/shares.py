@@ -21,14 +21,15 @@ class Shares:
         self._tokens = 1.0
         self._refilled = now
 
-    def backlog_may_go(self, now: float, *, live_waits: bool) -> bool:
-        """Whether a record of the backlog may be sent now."""
+    def allowed(self, now: float, *, live: int) -> float:
+        """Bytes of the backlog that may go beside so many bytes of live records that wait; one record may overdraw."""
         if self._rate:
             elapsed, self._refilled = now - self._refilled, now
             self._tokens = min(self._tokens + elapsed * self._rate, self._rate * BURST_SECONDS)
-        if not live_waits:
+        if not live:
             self._credit = 1.0
-        return self._credit > 0 and (not self._rate or self._tokens > 0)
+        share = self._credit + live / (SHARE - 1) if live else math.inf
+        return max(min(share, self._tokens if self._rate else math.inf), 0.0)
 
     def wait(self) -> float:
         """Seconds until the rate limit lets a record go; infinite where it is not what holds the backlog back."""

@@ -12,7 +12,7 @@ from agent.store.committer import Committer
 from agent.store.ledger import Ledger
 from agent.uplink.parcels import Parcels
 from agent.uplink.patience import Patience
-from agent.uplink.shares import SHARE, Shares
+from agent.uplink.shares import Shares
 
 READ_BYTES = 128 << 10  # of each kind at a time, so that an urgent record waits behind little
 
@@ -64,16 +64,17 @@ class Supply:
         down = frozenset(self._board.down)
 
         def read(ledger: Ledger) -> tuple[list[Record], list[Record], list[Record]]:
-            def pending(limit: int, **which: Any) -> list[Record]:  # noqa: ANN401 - the ledger's own keywords
-                rows = ledger.pending(self._endpoint, limit=limit, down=down, skip=skip, max_bytes=READ_BYTES, **which)
+            def pending(limit: int, most: int = READ_BYTES, **which: Any) -> list[Record]:  # noqa: ANN401 - the ledger's
+                rows = ledger.pending(self._endpoint, limit=limit, down=down, skip=skip, max_bytes=most, **which)
                 skip.update(row.record.id for row in rows)
                 return [row.record for row in rows]
 
             skip = set(taken)
             urgent = pending(room, priority=Priority.URGENT)
             live = pending(room, after=newest) if len(urgent) < room else []
-            may_go = len(urgent) < room and shares.backlog_may_go(now, live_waits=bool(live))
-            backlog = pending(max(room // SHARE, 1) if live else room, until=newest) if may_go else []
+            waiting = sum(len(record.envelope) for record in live)
+            allowed = min(shares.allowed(now, live=waiting), READ_BYTES) if len(urgent) < room else 0
+            backlog = pending(room, int(allowed), until=newest) if allowed > 0 else []
             return urgent, live, backlog
 
         urgent, live, backlog = await self._committer.call(read)
