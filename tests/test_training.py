@@ -1,6 +1,7 @@
 import importlib.util
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -592,7 +593,8 @@ def trained(torch, shape):
 
 
 @torch_needed
-def test_warm_start_computes_what_the_file_computes_and_trains_as_if_it_had_never_been_folded(tmp_path):
+@pytest.mark.parametrize("shape", [SMALL, replace(SMALL, blocks=(0, 2, 1, 3))], ids=["as deep", "deeper"])
+def test_warm_start_computes_what_the_file_computes_and_trains_as_if_it_had_never_been_folded(tmp_path, shape):
     import torch  # noqa: PLC0415
 
     from tools.training.network import Network  # noqa: PLC0415
@@ -601,7 +603,7 @@ def test_warm_start_computes_what_the_file_computes_and_trains_as_if_it_had_neve
 
     before, model = trained(torch, SMALL)
     path = write(tmp_path, "shipped-float", model, dict.fromkeys(CLASSES, 0.5), {})
-    after = Network(SMALL)
+    after = Network(shape)
     tiles = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), np.uint8)
     start_from(after, path, [tiles])
     picture = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
@@ -613,6 +615,8 @@ def test_warm_start_computes_what_the_file_computes_and_trains_as_if_it_had_neve
     assert float(after.convs["s8_1"].conv.weight.detach().std()) == pytest.approx(
         float(Network(SMALL).convs["s8_1"].conv.weight.detach().std()), rel=0.2
     )
+    after(picture).square().sum().backward()
+    assert all(float(value.grad.abs().max()) > 0 for value in after.parameters())
 
 
 @torch_needed

@@ -62,7 +62,7 @@ def _module(layer: Conv) -> nn.Sequential:
     padding = 0 if layer.source == INPUT else layer.kernel // 2
     conv = nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, layer.stride, padding, bias=not layer.relu)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    if layer.inputs == layer.outputs and layer.kernel == 3:
+    if layer.deepens:
         _lean_to_identity(conv)
     sequence.add_module("conv", conv)
     if layer.relu:

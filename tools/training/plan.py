@@ -39,6 +39,11 @@ class Conv:
     stride: int = 1
     relu: bool = True
 
+    @property
+    def deepens(self) -> bool:
+        """Whether it may begin as the identity: as wide as what it takes, which is not negative, and as large."""
+        return self.relu and self.inputs == self.outputs and self.kernel == 3 and self.stride == 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:

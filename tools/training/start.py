@@ -1,7 +1,8 @@
 """A warm start: the weights of a float ONNX file, as `tools.training.export` writes it, read back into the network.
 
 The file holds convolutions with their batch norms folded in. Each norm is put back with the mean and variance that its
-convolution shows on training tiles, so that the network computes what the file computes and trains on.
+convolution shows on training tiles, so that the network computes what the file computes and trains on. A network may be
+deeper than the file: what the file lacks begins by changing nothing.
 """
 
 # torch is read as if it were absent (pyproject.toml).
@@ -42,13 +43,29 @@ def _folded_in(manifest: Path, network: Network) -> dict[str, tuple[Tensor, Tens
     if read_manifest(manifest).input.colour == "YCbCr":
         weights = _for_rgb(weights, network)
     found = {}
-    for name, module in network.convs.items():
+    for layer in network.layers:
+        if not isinstance(layer, Conv):
+            continue
+        name, module = layer.name, network.convs[layer.name]
+        if f"{name}.w" not in weights and layer.deepens:
+            found[name] = _unchanging(module.conv)
+            continue
         weight, bias = (_tensor(weights, f"{name}.{part}", manifest) for part in "wb")
         if module.conv.weight.shape != weight.shape:
             message = f"{manifest}: {name}.w is {tuple(weight.shape)}, wanted {tuple(module.conv.weight.shape)}"
             raise StartError(message)
         found[name] = weight, bias
     return found
+
+
+def _unchanging(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias that hand on what comes, for a convolution that a shallower file does not have.
+
+    What comes has been through a ReLU, so another one changes nothing either (Net2DeeperNet, arXiv 1511.05641).
+    """
+    weight = torch.zeros_like(conv.weight)
+    nn.init.dirac_(weight)
+    return weight, torch.zeros(conv.out_channels)
 
 
 def _for_rgb(weights: dict[str, NDArray[np.float32]], network: Network) -> dict[str, NDArray[np.float32]]:
