@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
 
+import msgspec
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
     """One MQTT message as it came from the in-car broker.
 
     `wait_ns` is the longest that it may have waited in the broker before it arrived: 0 unless a session was resumed.
@@ -32,8 +33,7 @@ class Message:
         return next((value for key, value in self.properties if key == name), None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fix:
+class Fix(msgspec.Struct, frozen=True, kw_only=True):
     """One GNSS fix: WGS84 degrees, accuracy as a 95 % radius in metres.
 
     It was measured at most `doubt_ns` before `monotonic_ns`.
@@ -47,8 +47,7 @@ class Fix:
     doubt_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capture:
+class Capture(msgspec.Struct, frozen=True, kw_only=True):
     """The moment of capture on both clocks; the true moment lies within `doubt_ns` either way.
 
     `boot_id` names the boot that `monotonic_ns` counts from: values of different boots cannot be compared.
@@ -60,8 +59,7 @@ class Capture:
     boot_id: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Disc:
+class Disc(msgspec.Struct, frozen=True, kw_only=True):
     """Where the car may have been: every point within `radius_m` of a WGS84 position."""
 
     latitude: float
@@ -102,30 +100,26 @@ class Basis(StrEnum):
     REGISTRATION = "registration"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Whereabouts:
+class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
     """The regions in which a record may have been captured: sorted, never empty; stored with the record."""
 
     regions: tuple[str, ...]
     basis: Basis = Basis.GNSS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publish:
+class Publish(msgspec.Struct, frozen=True, kw_only=True):
     """Every candidate region permits these endpoints, in order of preference; never empty."""
 
     endpoints: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hold:
+class Hold(msgspec.Struct, frozen=True, kw_only=True):
     """The doubt about the region permits no endpoint; a later fix may narrow it."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refuse:
+class Refuse(msgspec.Struct, frozen=True, kw_only=True):
     """The record must not leave the car; `reason` is a constant dotted name."""
 
     reason: str
@@ -153,8 +147,7 @@ class State(StrEnum):
     EVICTED = "evicted"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One accepted message as the ledger keeps it: `envelope` holds the redacted, tagged, signed payload.
 
     `route` is the permitted endpoints in order of preference; empty while the record is held. `regions` are the

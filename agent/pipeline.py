@@ -8,7 +8,10 @@ held, and `reconsider` looks at it again when later fixes have narrowed the doub
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec.structs import replace
 
 from agent.errors import EnvelopeError, RefusedError
 from agent.messages import (
@@ -54,8 +57,7 @@ class Identity:
     fixed_country: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What was decided of a message before its pictures were redacted."""
 
     message: Message
@@ -67,8 +69,7 @@ class Plan:
     redact: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stamp:
+class Stamp(msgspec.Struct, frozen=True, kw_only=True):
     """What the daemon adds to a record: its id, its number in the stream of its regions, and the time now."""
 
     record_id: str

@@ -1,12 +1,12 @@
 import argparse
 import math
 import random
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from agent.messages import Capture, Message
 from agent.places.geodesy import at_least_m, sphere_m

@@ -1,10 +1,10 @@
 import shutil
 import sqlite3
 import threading
-from dataclasses import replace
 
 import pytest
 from ledger_samples import MODEL, NOW, SECOND, delivered, in_memory, numbers, opened, record, refused, store
+from msgspec.structs import replace
 
 from agent.errors import LedgerError
 from agent.messages import Priority, Redaction, State

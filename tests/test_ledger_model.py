@@ -3,13 +3,13 @@
 import os
 import shutil
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from ledger_samples import NOW, SECOND, delivered, in_memory, opened, refused, store
+from msgspec.structs import replace
 
 from agent.errors import LedgerEntryError
 from agent.messages import Priority, State

@@ -3,11 +3,11 @@
 import os
 import random
 import shutil
-from dataclasses import replace
 
 import pytest
 from faultdisk import CrashImage, FaultDisk
 from ledger_samples import NOW, SECOND, delivered, in_memory, numbers, opened, record, store
+from msgspec.structs import replace
 
 from agent.messages import State
 from agent.store.audit_cli import verify

@@ -15,6 +15,7 @@ import pytest
 import stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.console import Console
 
 from agent.mqtt.packets import Outgoing
@@ -55,7 +56,7 @@ def test_no_flipped_byte_makes_a_good_record(drawn):
     at = drawn.draw(st.integers(0, len(sent.payload) - 1))
     changed = bytearray(sent.payload)
     changed[at] ^= drawn.draw(st.integers(1, 255))
-    assert _judged(dataclasses.replace(sent, payload=bytes(changed))).verdict in {Verdict.FORGED, Verdict.MALFORMED}
+    assert _judged(replace(sent, payload=bytes(changed))).verdict in {Verdict.FORGED, Verdict.MALFORMED}
 
 
 def test_junk_is_malformed_and_birth_is_a_notice():
@@ -86,7 +87,7 @@ def test_every_record_of_a_batch_is_judged_as_if_it_had_come_alone(compress):
     sent = stream.batched(records, compress=compress)
     expected = [Verdict.GOOD, Verdict.FORGED, Verdict.UNSIGNED, Verdict.MALFORMED, Verdict.GOOD]
     for content_type in (sent.content_type, None):
-        found = _all_judged(dataclasses.replace(sent, content_type=content_type))
+        found = _all_judged(replace(sent, content_type=content_type))
         assert [one.verdict for one in found] == expected
         assert [one.envelope.data for one in found if one.verdict is Verdict.GOOD] == [
             stream.data_of(0),
@@ -111,9 +112,9 @@ def test_record_whose_region_is_not_that_of_its_batch_is_refused_and_the_others_
 def test_batch_that_cannot_be_read_is_one_refusal():
     sent = stream.batched([stream.outgoing(stream.record(number), b"") for number in range(4)])
     cases = {
-        "unused data": dataclasses.replace(sent, payload=sent.payload + b"\0"),
-        "not a zstd frame": dataclasses.replace(sent, payload=b"junk"),
-        "not a msgpack array": dataclasses.replace(sent, payload=b"junk", content_type=batch.CONTENT_TYPE),
+        "unused data": replace(sent, payload=sent.payload + b"\0"),
+        "not a zstd frame": replace(sent, payload=b"junk"),
+        "not a msgpack array": replace(sent, payload=b"junk", content_type=batch.CONTENT_TYPE),
     }
     for reason, changed in cases.items():
         [found] = _all_judged(changed)

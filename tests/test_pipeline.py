@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from worlds import COUNTRIES, SEA, STRIPE_M, Drive, Stripes, country, fix, lie, message
 
 from agent.errors import RefusedError
@@ -324,7 +325,7 @@ def test_only_a_record_that_rests_on_the_position_is_narrowed():
     record = line.record(line.examine(received), b"", None, Stamp(record_id="1", sequence=0, now_ns=1))
     standing(line, range(6, 16))
     assert line.narrowed(record) is not None
-    assert line.narrowed(dataclasses.replace(record, basis=Basis.REGISTRATION)) is None
+    assert line.narrowed(replace(record, basis=Basis.REGISTRATION)) is None
 
 
 def test_sea_is_a_region_that_permits_nothing():

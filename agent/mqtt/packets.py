@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import msgspec
 from paho.mqtt.properties import Properties
 
 SUCCESS_CODES = frozenset({0x00, 0x10})  # MQTT 5.0, 3.4.2.1: Success; No matching subscribers
@@ -40,8 +41,7 @@ class Will:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """One PUBLISH from a broker, not yet acknowledged; `connection` tells which connection delivered it.
 
     It may have lain in the socket for `unseen_ns` before it was read; 0 unless the process stood still.
@@ -65,8 +65,7 @@ class Delivery:
         return next((value for key, value in self.properties if key == name), None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outgoing:
+class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     """One PUBLISH that we send. Content type, properties and expiry travel on MQTT 5 only."""
 
     topic: str
@@ -137,8 +136,7 @@ def _varint(number: int) -> bytes:
     return bytes([*out, number])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Puback:
+class Puback(msgspec.Struct, frozen=True, kw_only=True):
     """What the endpoint said of one publish; `code` is 0 on MQTT 3.1.1."""
 
     code: int

@@ -27,6 +27,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
+import msgspec
+
 from agent.messages import Capture, Disc, Fix, Message
 from agent.places.freshness import CLOCK_SET_NS
 from agent.places.geodesy import at_most_m, middle
@@ -190,8 +192,7 @@ class PositionHistory:
         self._tracks = [track for track in self._tracks if len(track)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CaptureLimits:
+class CaptureLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How far a stated capture time is believed."""
 
     max_delay_ns: int = 600 * SECOND_NS  # an older statement is a doubt, not a time

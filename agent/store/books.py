@@ -98,7 +98,8 @@ class Books:
         for session in delta.resets:
             self.rings.pop(session, None)
         for key in delta.intakes:
-            self.rings.setdefault(key.session, Ring()).add(key.mid, key.digest, self.window)
+            ring = self.rings.get(key.session) or self.rings.setdefault(key.session, Ring())
+            ring.add(key.mid, key.digest, self.window)
         self.head = head
         self.base = read_base(self.meta)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from agent.messages import Record, Redaction
 
 MIB = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IntakeKey:
+class IntakeKey(msgspec.Struct, frozen=True, kw_only=True):
     """Names one PUBLISH of the in-car broker: its session, packet identifier and a digest of topic and payload.
 
     `redelivered` (the DUP flag): an entry whose very PUBLISH is durable already is ignored.
@@ -27,8 +28,7 @@ class IntakeKey:
     redelivered: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Store:
+class Store(msgspec.Struct, frozen=True, kw_only=True):
     """A received message becomes a pending or held record; `reason` says why it is held."""
 
     record: Record
@@ -37,8 +37,7 @@ class Store:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True, kw_only=True):
     """A received message must not leave the car; neither payload nor topic is kept."""
 
     reason: str
@@ -49,8 +48,7 @@ class Refused:
     intake: IntakeKey | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivered:
+class Delivered(msgspec.Struct, frozen=True, kw_only=True):
     """The endpoint acknowledged the record: `code` is the reason code of its PUBACK."""
 
     id: str
@@ -59,8 +57,7 @@ class Delivered:
     time_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rejected:
+class Rejected(msgspec.Struct, frozen=True, kw_only=True):
     """The endpoint refuses the record for good: `code` is the reason code of its PUBACK."""
 
     id: str
@@ -69,16 +66,14 @@ class Rejected:
     time_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Released:
+class Released(msgspec.Struct, frozen=True, kw_only=True):
     """A held record becomes pending: narrowed regions, a route and the envelope that says so."""
 
     record: Record
     time_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Redecided:
+class Redecided(msgspec.Struct, frozen=True, kw_only=True):
     """A pending or held record stays in the car under another decision; its regions are never widened."""
 
     record: Record
@@ -86,8 +81,7 @@ class Redecided:
     time_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Withdrawn:
+class Withdrawn(msgspec.Struct, frozen=True, kw_only=True):
     """A pending or held record must no longer leave the car: it ends as refused."""
 
     id: str
@@ -95,8 +89,7 @@ class Withdrawn:
     time_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Noted:
+class Noted(msgspec.Struct, frozen=True, kw_only=True):
     """A fact about the agent itself, such as its policy version: kept under `name` and audited."""
 
     name: str
@@ -104,8 +97,7 @@ class Noted:
     time_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionReset:
+class SessionReset(msgspec.Struct, frozen=True, kw_only=True):
     """The in-car broker began a new session: its packet identifiers name other messages now."""
 
     session: str
@@ -147,8 +139,7 @@ class LedgerLimits:
     seal_seconds: float = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spooled:
+class Spooled(msgspec.Struct, frozen=True, kw_only=True):
     """A record in the car and its `key`: the order of arrival, which grows for ever."""
 
     key: int

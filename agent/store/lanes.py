@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from agent.messages import Record, State
 from agent.store.tally import Subject
@@ -27,8 +27,7 @@ def subject_of(record: Record) -> Subject:
     return Subject(regions=",".join(record.regions), data_class=record.data_class, size=size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, kw_only=True):
     """What is needed of a stored record to end or change it."""
 
     key: int

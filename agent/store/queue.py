@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
+
+import msgspec
 
 from agent.errors import LedgerError
 from agent.store.entries import Entry
@@ -83,8 +84,7 @@ class Queue:
                 self._room.notify_all()
 
 
-@dataclass(slots=True, eq=False)
-class Submission:
+class Submission(msgspec.Struct, eq=False):
     """What was submitted together: how many entries are not settled yet, the first error, and who waits."""
 
     left: int
@@ -103,8 +103,7 @@ class Submission:
             self.done.set_exception(self.error)
 
 
-@dataclass(slots=True, eq=False)
-class Waiting:
+class Waiting(msgspec.Struct, eq=False):
     """One entry, its size, what it was submitted with, and when (by the loop's clock)."""
 
     entry: Entry

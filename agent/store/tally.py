@@ -7,8 +7,9 @@ of one transaction, so that memory follows the disk only after the commit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+
+import msgspec
 
 from agent.messages import State
 from agent.store.entries import Counts
@@ -23,8 +24,7 @@ Name = tuple[str, str, str]
 Cells = dict[Name, tuple[int, int]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
     """What is counted about one message: candidate regions joined by commas, data class, bytes in the spool."""
 
     regions: str

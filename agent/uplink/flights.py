@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+
+import msgspec
 
 from agent.messages import Record
 from agent.mqtt.packets import Puback
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flight:
+class Flight(msgspec.Struct, frozen=True, kw_only=True):
     """A PUBLISH under way: its records, and the bytes of the connection at which the peer's TCP has all of it."""
 
     records: tuple[Record, ...]

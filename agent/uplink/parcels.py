@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from agent.messages import Record
 
 BATCH_BYTES = 64 << 10  # of envelopes, before compression: on a slow link an urgent record waits behind no more
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class Room(msgspec.Struct, frozen=True, kw_only=True):
     """What one PUBLISH may hold: so many records, and so many bytes of envelopes."""
 
     records: int = 1

@@ -69,10 +69,6 @@ class Attributes:
     def __post_init__(self) -> None:
         if not 0 <= self.sequence <= MAX_SEQUENCE:
             _refuse(f"sequence: {self.sequence} is not in 0..{MAX_SEQUENCE}")
-        if not self.dataregion or list(self.dataregion) != sorted(set(self.dataregion)):
-            _refuse(f"dataregion: {self.dataregion!r} is empty, not sorted or not unique")
-        if bad := [region for region in self.dataregion if not _REGION.fullmatch(region)]:
-            _refuse(f"dataregion: {bad[0]!r} is not the name of a region")
         if clash := _RESERVED & self.extensions.keys():
             _refuse(f"extensions: {sorted(clash)} have a meaning of their own")
         object.__setattr__(self, "texts", MappingProxyType(_texts(self)))
@@ -88,17 +84,38 @@ def texts(attributes: Attributes) -> dict[str, str]:
 
 
 def _texts(attributes: Attributes) -> dict[str, str]:
-    found: dict[str, str | None] = {name: getattr(attributes, name) for name in (*_OPTIONAL, *_PLAIN)}
-    found |= {
-        "specversion": SPECVERSION,
-        "dataregion": ",".join(attributes.dataregion),
+    found: dict[str, str | None] = {
+        "dataclassification": attributes.dataclassification,
+        "datacontenttype": attributes.datacontenttype,
+        "dataregion": _region_text(attributes.dataregion),
+        "dataschema": attributes.dataschema,
+        "id": attributes.id,
+        "modeldigest": attributes.modeldigest,
+        "policyversion": attributes.policyversion,
+        "recordedtime": format_time(attributes.recordedtime_ns),
+        "redaction": attributes.redaction,
         "regionbasis": attributes.regionbasis.value,
         "sequence": f"{attributes.sequence:019d}",
+        "source": attributes.source,
+        "specversion": SPECVERSION,
+        "subject": attributes.subject,
         "time": format_time(attributes.time_ns),
-        "recordedtime": format_time(attributes.recordedtime_ns),
-        **attributes.extensions,
+        "traceparent": attributes.traceparent,
+        "type": attributes.type,
     }
-    return {name: text for name, text in sorted(found.items()) if text is not None}
+    if attributes.extensions:
+        found = dict(sorted({**found, **attributes.extensions}.items()))
+    return {name: text for name, text in found.items() if text is not None}
+
+
+@lru_cache(maxsize=256)
+def _region_text(regions: tuple[str, ...]) -> str:
+    """The regions joined by commas; raises EnvelopeError where they are not sorted, unique and well named."""
+    if not regions or list(regions) != sorted(set(regions)):
+        _refuse(f"dataregion: {regions!r} is empty, not sorted or not unique")
+    if bad := [region for region in regions if not _REGION.fullmatch(region)]:
+        _refuse(f"dataregion: {bad[0]!r} is not the name of a region")
+    return ",".join(regions)
 
 
 def from_texts(found: Mapping[str, str]) -> Attributes:

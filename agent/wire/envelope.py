@@ -87,8 +87,7 @@ class _Outer(msgspec.Struct, frozen=True):
 _OUTER, _EVENT = msgspec.msgpack.Decoder(_Outer), msgspec.msgpack.Decoder(dict[str, Any])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
     """A record of our own as it is stored: the attributes as text, names ascending."""
 
     texts: Mapping[str, str]
