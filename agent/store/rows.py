@@ -1,13 +1,15 @@
-"""The `record` table as transactions write it: many rows a statement, since a statement costs more than a row.
+"""Tables as transactions write them: many rows a statement, since a statement costs more than a row.
 
-Rows that were inserted wait for company until `flush`, which every read of the table needs before it.
+Each step of a statement lets go of the interpreter lock, and may wait for the event loop to get it back. Rows of
+`record` that were inserted wait for company until `flush`, which every read of the table needs before it.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import msgspec
 
@@ -18,8 +20,12 @@ MOST_ROWS = 32  # a statement: its parameters stay below SQLite's oldest limit o
 _COLUMNS = """id, lane, priority, class, size, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope"""
 _UPDATE = f"UPDATE record SET ({_COLUMNS}) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE key = ?"  # noqa: S608 - constants
+_INSERT = f"INSERT INTO record({_COLUMNS}, key) VALUES {{}}"  # noqa: S608 - likewise
 _DELETE = """DELETE FROM record WHERE id IN (SELECT value FROM json_each(?))
     RETURNING key, id, lane, priority, class, size, file"""
+
+
+T = TypeVar("T")
 
 
 class ClashError(sqlite3.IntegrityError):
@@ -47,14 +53,12 @@ class Rows:
     def flush(self) -> None:
         """Write the rows that wait; ClashError for the first that contradicts the table."""
         waiting, self._waiting = self._waiting, []
-        while waiting:
-            size = min(1 << len(waiting).bit_length() - 1, MOST_ROWS)
-            self._write(waiting[:size])
-            del waiting[:size]
+        for part in _parts(waiting):
+            self._write(part)
 
     def _write(self, rows: Sequence[tuple[int, tuple[object, ...]]]) -> None:
         try:
-            self._execute(_insert(len(rows)), [value for _, columns in rows for value in columns])
+            self._execute(_statement(_INSERT, len(rows), len(rows[0][1])), _flat(columns for _, columns in rows))
         except sqlite3.IntegrityError as exc:
             if len(rows) == 1:
                 raise ClashError(rows[0][0], str(exc)) from exc
@@ -79,7 +83,26 @@ class Rows:
         return self._taken.pop(name, None)
 
 
+def write_rows(connection: sqlite3.Connection, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
+    """Execute a statement in whose `VALUES {}` all rows stand, in as few parts as can be."""
+    for part in _parts(rows):
+        connection.execute(_statement(statement, len(part), len(part[0])), _flat(part))
+
+
+def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Consecutive parts whose lengths are powers of two: few different statements, which all stay prepared."""
+    at = 0
+    while at < len(rows):
+        size = min(1 << (len(rows) - at).bit_length() - 1, MOST_ROWS)
+        yield rows[at : at + size]
+        at += size
+
+
 @lru_cache
-def _insert(rows: int) -> str:
-    row = f"({', '.join('?' * 18)})"
-    return f"INSERT INTO record({_COLUMNS}, key) VALUES {', '.join([row] * rows)}"  # noqa: S608 - constants
+def _statement(text: str, rows: int, columns: int) -> str:
+    row = f"({', '.join('?' * columns)})"
+    return text.format(", ".join([row] * rows))
+
+
+def _flat(rows: Iterable[Iterable[object]]) -> list[object]:
+    return [value for row in rows for value in row]

@@ -10,6 +10,7 @@ import itertools
 import sqlite3
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 from agent.messages import Basis, Capture, Priority, Record, State
@@ -21,7 +22,7 @@ from agent.store.storage import NonsenseError
 
 _IN_LANE = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
-    WHERE lane = ? AND priority = ? AND key > ? AND key <= ? ORDER BY key"""
+    WHERE lane = ? AND priority IN ({}) AND key > ? AND key <= ? ORDER BY priority, key"""
 _ALL = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
     WHERE key > ? AND key <= ? ORDER BY key"""
@@ -59,13 +60,17 @@ def serves(route: str, endpoint: str, down: Collection[str]) -> bool:
 
 
 class Spool:
-    """Reads records; `damaged` collects the keys of those whose envelope is lost, for the caller to end."""
+    """Reads records; `damaged` collects the keys of those whose envelope is lost, for the caller to end.
+
+    `cut`: the last `take` ended at one of its bounds, so there may be more.
+    """
 
     def __init__(self, connection: sqlite3.Connection, books: Books, blobs: Blobs) -> None:
         self._connection = connection
         self._books = books
         self._blobs = blobs
         self.damaged: list[int] = []
+        self.cut = False
 
     def pending(
         self, wanted: Callable[[str], bool], priorities: Iterable[Priority], after: int, until: int | None
@@ -73,17 +78,18 @@ class Spool:
         """Rows of all wanted routes: by priority, then by arrival; keys in (`after`, `until`]."""
         lanes = [number for (_, route), number in self._books.lanes.items() if wanted(route)]
         last = _NO_LIMIT if until is None else until
-        for priority in priorities:
-            yield from heapq.merge(*(self._rows(lane, priority, after, last) for lane in lanes), key=lambda row: row[0])
+        return heapq.merge(*(self._rows(lane, priorities, after, last) for lane in lanes), key=itemgetter(3, 0))
 
-    def _rows(self, lane: int, priority: Priority, after: int, last: int) -> Rows:
-        return self._connection.execute(_IN_LANE, (lane, int(priority), after, last))
+    def _rows(self, lane: int, priorities: Iterable[Priority], after: int, last: int) -> Rows:
+        """By priority and key, as the index has them: one statement, and no row is read before it is wanted."""
+        levels = ", ".join(str(int(priority)) for priority in priorities)
+        return self._connection.execute(_IN_LANE.format(levels), (lane, after, last))
 
     def held(self, after: int) -> Rows:
         """Rows of records without a route, by arrival."""
         lanes = [number for (_, route), number in self._books.lanes.items() if not route]
-        rows = (self._rows(lane, priority, after, _NO_LIMIT) for lane in lanes for priority in Priority)
-        return heapq.merge(*rows, key=lambda row: row[0])
+        rows = (self._rows(lane, [priority], after, _NO_LIMIT) for lane in lanes for priority in Priority)
+        return heapq.merge(*rows, key=itemgetter(0))
 
     def between(self, after: int, until: int = _NO_LIMIT) -> Rows:
         """All rows by arrival; keys in (`after`, `until`]."""
@@ -95,11 +101,11 @@ class Spool:
 
     def take(self, rows: Rows, limit: int, max_bytes: int, skip: Collection[str] = ()) -> list[Spooled]:
         """Up to `limit` records and `max_bytes` of envelopes, but one record at least."""
-        taken: list[Spooled] = []
+        self.cut, taken = True, list[Spooled]()
         lanes = {number: lane for lane, number in self._books.lanes.items()}
         for row in itertools.filterfalse(lambda row: row[1] in skip, rows):
-            if len(taken) >= limit or (taken and max_bytes <= 0):
-                break
+            if taken and max_bytes <= 0:
+                return taken
             if row[2] not in lanes:
                 raise NonsenseError(f"record {row[0]} is in no lane")
             spooled = self._spooled(row, lanes[row[2]])
@@ -108,8 +114,11 @@ class Spool:
                 continue
             max_bytes -= len(spooled.record.envelope)
             if taken and max_bytes < 0:
-                break
+                return taken
             taken.append(spooled)
+            if len(taken) >= limit:
+                return taken
+        self.cut = False
         return taken
 
     def _spooled(self, row: tuple[Any, ...], lane: Lane) -> Spooled | None:

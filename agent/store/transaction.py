@@ -11,6 +11,7 @@ from __future__ import annotations
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 from agent.errors import LedgerEntryError
 from agent.messages import Record, Redaction, State
@@ -33,7 +34,7 @@ from agent.store.entries import (
     Withdrawn,
 )
 from agent.store.lanes import Gone, Lane, Row, lane_of, subject_of
-from agent.store.rows import ClashError, Rows
+from agent.store.rows import ClashError, Rows, write_rows
 from agent.store.storage import NonsenseError
 
 AUDIT_OVERHEAD = 64  # bytes of an audit block beside its rows
@@ -41,7 +42,7 @@ TOO_LARGE = "ledger.too-large"
 
 _SELECT = """SELECT key, id, lane, priority, class, size, file, time_ns, monotonic_ns, doubt_ns, boot
     FROM record WHERE id = ?"""
-_COUNTER = """INSERT INTO counter VALUES (?, ?, ?, ?, ?)
+_COUNTER = """INSERT INTO counter VALUES {}
     ON CONFLICT DO UPDATE SET number = number + excluded.number, bytes = bytes + excluded.bytes"""
 
 
@@ -255,17 +256,17 @@ class Transaction:
     def finish(self) -> audit.Head:
         """Write counters, numbering and the audit block; the new head."""
         self._rows.flush()
-        many = self._connection.executemany
         head = self._books.head
         if self.delta.rows:
             block = audit.pack(head, self.delta.rows)
             head, size = audit.head_of(block), len(block.data) + AUDIT_OVERHEAD - self._freed_audit
             self._execute("INSERT INTO audit VALUES (?, ?, ?, ?)", (block.first, block.count, block.digest, block.data))
             tally.add(self.delta.cells, AUDIT_CELL, block.count, size)
-        many(_COUNTER, ((*name, *values) for name, values in self.delta.cells.items()))
-        many("INSERT OR REPLACE INTO meta VALUES (?, ?)", self.delta.meta.items())
-        many("DELETE FROM intake WHERE session = ?", ((session,) for session in self.delta.resets))
-        many("INSERT OR REPLACE INTO intake VALUES (?, ?, ?, ?, ?)", self._intake_rows())
+        write = partial(write_rows, self._connection)
+        write(_COUNTER, [(*name, *values) for name, values in self.delta.cells.items()])
+        write("INSERT OR REPLACE INTO meta VALUES {}", [*self.delta.meta.items()])
+        self._connection.executemany("DELETE FROM intake WHERE session = ?", ((name,) for name in self.delta.resets))
+        write("INSERT OR REPLACE INTO intake VALUES {}", [*self._intake_rows()])
         if self.delta.written:
             self._blobs.sync_names()
         return head
