@@ -13,6 +13,7 @@ MOST_UNCERTAIN = 65_536  # ids remembered, for the count of resent records only
 class Board:
     """What the uplinks know of each other: who is down, and which records are in flight somewhere.
 
+    `news` names the endpoints for which there may be more to read in the ledger than when they last looked.
     `uncertain` records were in flight on a connection that was lost: they may have arrived without our knowing.
     `reachable` says whether an endpoint may be connected to from where the vehicle is now.
     """
@@ -20,6 +21,7 @@ class Board:
     down: set[str] = field(default_factory=set)
     claimed: set[str] = field(default_factory=set)
     stored: dict[str, asyncio.Event] = field(default_factory=dict)
+    news: set[str] = field(default_factory=set)
     uncertain: dict[str, None] = field(default_factory=dict)
     reachable: Callable[[str], bool] = lambda _endpoint: True
 
@@ -37,4 +39,5 @@ class Board:
         """Tell the uplinks of these endpoints that there may be something to send."""
         for endpoint in endpoints:
             if endpoint in self.stored:
+                self.news.add(endpoint)
                 self.stored[endpoint].set()

@@ -20,6 +20,7 @@ LAYERS = [
     {"policy"},
     {"redaction"},
     {"pipeline"},
+    {"alarm"},
     {"board", "mqtt", "store"},
     {"intake", "uplink"},
     {"trust"},

@@ -1,5 +1,6 @@
 import asyncio
 import time
+from collections import Counter
 
 import pytest
 from endpoints import bench, number_of
@@ -337,6 +338,23 @@ async def test_urgent_record_overtakes_a_backlog_on_a_slow_link(patience):
             await endpoint.until(lambda: 999 in numbers(endpoint))
             waited = numbers(endpoint).index(999) - before
             assert waited * 20_000 < 700_000, "the batch that was ready, and what the sockets hold"
+
+
+async def test_puback_alone_is_no_reason_to_read_the_ledger_again(endpoint, patience, monkeypatch):
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}) as it:
+        it.start()
+        await it.store([0])
+        await endpoint.until(lambda: numbers(endpoint) == [0])
+        reads, pending = Counter(), it.committer.ledger.pending
+        monkeypatch.setattr(
+            it.committer.ledger, "pending", lambda *args, **which: reads.update("x") or pending(*args, **which)
+        )
+        for number in range(1, 51):
+            await it.store([number])
+            await endpoint.until(lambda number=number: len(endpoint.published) > number)
+        await it.until(lambda: it.counts.delivered == 51)
+        assert numbers(endpoint) == list(range(51))
+    assert reads.total() < 50 * 3 * 1.5, "urgent, live, backlog: once for each record"
 
 
 @pytest.mark.parametrize("in_flight", [1, 7, 8])

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
 
+from agent.alarm import rung
 from agent.errors import LedgerCorruptError, LedgerEntryError, LedgerError, LedgerStalledError
 from agent.store.entries import MIB, Delivered, Ending, Entry, Redecided, Released, Store, SweepResult
 from agent.store.ledger import Ledger
@@ -183,9 +184,7 @@ class Committer:
             if self._closing:
                 return False
             self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._next_at()):
-                    await self._wake.wait()
+            await rung(self._wake, self._next_at())
         return True
 
     def _next_at(self) -> float | None:
@@ -202,11 +201,10 @@ class Committer:
         loop = asyncio.get_running_loop()
         since = self._stores.waiting[0].since if self._stores.waiting else loop.time()
         latest = since + self._options.max_delay_s
-        with contextlib.suppress(TimeoutError):
-            while not self._closing and not self._full():
-                self._wake.clear()
-                async with asyncio.timeout_at(min(latest, loop.time() + self._options.max_delay_s / QUIET_SHARE)):
-                    await self._wake.wait()
+        while not self._closing and not self._full():
+            self._wake.clear()
+            if not await rung(self._wake, min(latest, loop.time() + self._options.max_delay_s / QUIET_SHARE)):
+                break
 
     def _full(self) -> bool:
         entries = len(self._endings.waiting) + len(self._stores.waiting)

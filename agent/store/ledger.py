@@ -181,6 +181,11 @@ class Ledger:
             rows = self._spool.pending(lambda route: serves(route, endpoint, down), priorities, after, until)
             return self._checked(self._spool.take(rows, limit, max_bytes, skip))
 
+    @property
+    def cut(self) -> bool:
+        """Whether the last read of records ended at one of its bounds, so that there may be more."""
+        return self._spool.cut
+
     def held(self, *, limit: int, after: int = 0, max_bytes: int = READ_BYTES) -> list[Spooled]:
         """Held records by arrival, keys above `after`."""
         with translated(self._path):

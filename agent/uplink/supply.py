@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent.board import Board
 from agent.errors import LedgerStalledError
@@ -15,12 +15,23 @@ from agent.uplink.patience import Patience
 from agent.uplink.shares import Shares
 
 READ_BYTES = 128 << 10  # of each kind at a time, so that an urgent record waits behind little
+LOOK_SECONDS = 0.5  # after which the ledger is read again though nothing says that there is more
+
+
+class _Found(NamedTuple):
+    """What was read; `more`: not to the end."""
+
+    urgent: list[Record]
+    live: list[Record]
+    backlog: list[Record]
+    more: bool
 
 
 class Supply:
     """The records for one connection: urgent ones, then live ones, then the backlog's share.
 
-    The backlog is what was in the ledger when the connection began.
+    The backlog is what was in the ledger when the connection began. What was read to its end is read again only after
+    news, for each PUBACK wakes the uplink too; time alone frees some records (`Patience.aside`).
     """
 
     def __init__(  # noqa: PLR0913 - where records come from, where they go, and all that decides which
@@ -40,15 +51,22 @@ class Supply:
         self._patience = patience
         self._shares = shares
         self._newest = committer.ledger.last_key
+        self._read_again = 0.0  # monotonic seconds; 0: there may be more
 
     async def refill(self, wanted: int) -> None:
         """Read and claim what may go next, when less than half of the wanted records are ready."""
         if not wanted or len(self._ready) > wanted // 2:
             return
+        if time.monotonic() < self._read_again and self._endpoint not in self._board.news:
+            return
+        self._read_again = 0.0
         try:
-            urgent, live, backlog = await self._read(wanted - len(self._ready))
+            found = await self._read(wanted - len(self._ready))
         except LedgerStalledError:
             return  # the disk does not answer now; the ledger says so in the status
+        if not found.more:
+            self._read_again = time.monotonic() + LOOK_SECONDS
+        urgent, live, backlog = (self._claim(records) for records in (found.urgent, found.live, found.backlog))
         self._shares.live_sent(sum(len(record.envelope) for record in live))
         self._shares.backlog_sent(sum(len(record.envelope) for record in backlog))
         self._ready.put_first(urgent)
@@ -58,27 +76,31 @@ class Supply:
         """Nothing more is sent: what is ready is free for others."""
         self._board.claimed.difference_update(record.id for record in self._ready.clear())
 
-    async def _read(self, room: int) -> tuple[list[Record], list[Record], list[Record]]:
+    async def _read(self, room: int) -> _Found:
         now, newest, shares = time.monotonic(), self._newest, self._shares
-        taken = self._patience.aside(now) | self._board.claimed
+        self._board.news.discard(self._endpoint)
+        skip = set(self._patience.aside(now) | self._board.claimed)
         down = frozenset(self._board.down)
 
-        def read(ledger: Ledger) -> tuple[list[Record], list[Record], list[Record]]:
+        def read(ledger: Ledger) -> _Found:
+            more = False
+
             def pending(limit: int, most: int = READ_BYTES, **which: Any) -> list[Record]:  # noqa: ANN401 - the ledger's
+                nonlocal more
                 rows = ledger.pending(self._endpoint, limit=limit, down=down, skip=skip, max_bytes=most, **which)
+                more |= ledger.cut
                 skip.update(row.record.id for row in rows)
                 return [row.record for row in rows]
 
-            skip = set(taken)
             urgent = pending(room, priority=Priority.URGENT)
-            live = pending(room, after=newest) if len(urgent) < room else []
-            waiting = sum(len(record.envelope) for record in live)
-            allowed = min(shares.allowed(now, live=waiting), READ_BYTES) if len(urgent) < room else 0
+            if len(urgent) >= room:
+                return _Found(urgent, [], [], more)
+            live = pending(room, after=newest)
+            allowed = min(shares.allowed(now, live=sum(len(record.envelope) for record in live)), READ_BYTES)
             backlog = pending(room, int(allowed), until=newest) if allowed > 0 else []
-            return urgent, live, backlog
+            return _Found(urgent, live, backlog, more or allowed <= 0)
 
-        urgent, live, backlog = await self._committer.call(read)
-        return self._claim(urgent), self._claim(live), self._claim(backlog)
+        return await self._committer.call(read)
 
     def _claim(self, records: list[Record]) -> list[Record]:
         """Those that no other uplink has taken meanwhile; they are ours now."""

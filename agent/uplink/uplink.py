@@ -17,7 +17,6 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import random
@@ -25,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from agent.alarm import rung
 from agent.board import Board
 from agent.errors import AgentError, EndpointError, EnvelopeError, LedgerError, LedgerStalledError
 from agent.histogram import WAIT_SECONDS, Histogram
@@ -159,9 +159,7 @@ class Uplink:
                 board.down.add(name)
             elif await self._committer.call(lambda ledger: bool(ledger.pending(name, limit=1, down=set(board.down)))):
                 return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL_SECONDS):
-                    await self._wake.wait()
+            await rung(self._wake, asyncio.get_running_loop().time() + POLL_SECONDS)
 
     async def _serve(self) -> None:
         await self._needed()
@@ -322,9 +320,8 @@ class Uplink:
     async def _wait(self, shares: Shares) -> None:
         """Wait for news, at most until the next thing that only time brings."""
         pause = self._patience.pause(time.monotonic()) or POLL_SECONDS
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(min(pause, shares.wait(), POLL_SECONDS), 0.001)):
-                await self._wake.wait()
+        wait_s = max(min(pause, shares.wait(), POLL_SECONDS), 0.001)
+        await rung(self._wake, asyncio.get_running_loop().time() + wait_s)
 
     def _check(self, connection: Connection) -> None:
         """Raise the reason to give the connection up, if there is one."""
