@@ -1,6 +1,7 @@
 import asyncio
 import select
 import socket
+import time
 
 import pytest
 from paho.mqtt.enums import MQTTErrorCode
@@ -20,7 +21,9 @@ def session(broker, name, **changes):
 
 
 async def opened(broker, name="tester", **changes):
-    options = {key: changes.pop(key) for key in ("queue_limit", "queue_bytes", "check_peer") if key in changes}
+    options = {
+        key: changes.pop(key) for key in ("queue_limit", "queue_bytes", "check_peer", "prompt") if key in changes
+    }
     connection = Connection(session(broker, name, **changes), **options)
     connection.was_present = await connection.open()
     return connection
@@ -49,6 +52,20 @@ async def test_published_bytes_arrive_in_order(broker, patience, protocol):
             receiver.ack(delivery)
         receiver.close()
     assert got == payloads
+
+
+async def test_broker_holds_nothing_back_until_we_send_something(broker, patience):
+    async with asyncio.timeout(patience):
+        receiver = await opened(broker, prompt=True, queue_limit=10, queue_bytes=1 << 20)
+        await receiver.subscribe(["car/#"])
+        waits = []
+        for _ in range(20):
+            begun = time.monotonic()
+            await receiver.publish(Outgoing(topic="car/a", payload=b"x"))  # its PUBACK is sent, then the message
+            receiver.ack(await receiver.receive())
+            waits.append(time.monotonic() - begun)
+        receiver.close()
+    assert min(waits[10:]) < 0.03, "TCP's delayed acknowledgement: 40 ms, each time"
 
 
 async def test_content_type_and_user_properties_travel(broker, patience):
@@ -247,7 +264,7 @@ def test_client_pushes_back_when_the_peer_does_not_read(pair):
 
 async def test_bytes_that_were_read_ahead_count_as_unseen(pair):
     client, peer = pair
-    transport = Transport(client, check_peer=lambda _: None, wanted=lambda: True, lost=lambda _: None)
+    transport = Transport(client, check_peer=lambda _: None, wanted=lambda: True, lost=lambda _: None, prompt=False)
     transport.gauge, transport._reading = Gauge(client._sock), True
     empty_ns = transport.gauge._empty_ns
     peer.sendall(PACKETS)

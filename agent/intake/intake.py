@@ -133,6 +133,7 @@ class Intake:
                 self._options.session,
                 queue_limit=self._options.session.receive_maximum,
                 queue_bytes=self._options.queue_bytes,
+                prompt=True,
             )
             try:
                 await self._serve(connection)

@@ -52,7 +52,9 @@ class Connection:
         queue_limit: int = 1,
         queue_bytes: int = 1 << 20,
         check_peer: Callable[[SocketLike], None] = lambda _: None,
+        prompt: bool = False,
     ) -> None:
+        """`prompt`: messages shall not wait in the broker until we send something (`Gauge.acknowledge`)."""
         self.number = next(_NUMBERS)
         self._session = session
         self._loop = asyncio.get_running_loop()
@@ -67,7 +69,11 @@ class Connection:
         self.maximum_packet_size: int | None = None
         self._client = self._make_client()
         self._transport = Transport(
-            self._client, check_peer=check_peer, wanted=lambda: not self._inbox.full, lost=self._finish
+            self._client,
+            check_peer=check_peer,
+            wanted=lambda: not self._inbox.full,
+            lost=self._finish,
+            prompt=prompt,
         )
 
     def _make_client(self) -> DirectClient:

@@ -50,6 +50,14 @@ class Gauge:
         if not poll.poll(0):
             self._empty_ns = boot_ns()
 
+    def acknowledge(self) -> None:
+        """Tell the peer's TCP at once what was read: by Nagle's algorithm it may hold the next packet back until then.
+
+        Left alone, Linux waits for a packet of ours to tell it with, up to 40 ms; and it forgets that it was asked.
+        """
+        if self._sock.fileno() >= 0:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
     def look_out(self) -> None:
         """Note the moment if the peer's TCP has taken more than a lone packet since the last call."""
         before, self._acknowledged = self._acknowledged, self.acknowledged()

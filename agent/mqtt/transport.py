@@ -32,6 +32,7 @@ class Transport:
     """Drives one client's one socket. `lost` is called once, with the reason, when the connection has ended.
 
     `packets` is counted up by the client's callbacks: a read that leaves it as it was has emptied the socket.
+    `prompt`: see `Gauge.acknowledge`; it costs packets, which a link to a region may have to pay for.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Transport:
         check_peer: Callable[[SocketLike], None],
         wanted: Callable[[], bool],
         lost: Callable[[str], None],
+        prompt: bool,
     ) -> None:
         self.gauge: Gauge | None = None
         self.packets = 0
@@ -50,6 +52,7 @@ class Transport:
         self._check_peer = check_peer
         self._wanted = wanted
         self._lost = lost
+        self._prompt = prompt
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._socket: SocketLike | None = None
@@ -156,6 +159,8 @@ class Transport:
         """Note the moment if nothing waits to be read, neither in the socket nor behind it."""
         if self.gauge is not None and self._reading and not self._client.has_packet:
             self.gauge.look_in()
+            if self._prompt:
+                self.gauge.acknowledge()
 
     def _read_once(self) -> bool:
         """Let paho read; False once the connection has ended."""
