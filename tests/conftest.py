@@ -1,6 +1,7 @@
 """What every test may use: a real broker, and one place that scales all waiting."""
 
 import os
+import signal
 
 import pytest
 from fake_broker import fake_broker
@@ -9,6 +10,9 @@ from agent.mqtt import backoff
 from agent.redaction import redaction, samples, turbojpeg
 from agent.uplink import uplink
 from tools.brokers import mosquitto
+
+# The background job of a shell script ignores SIGINT, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TIME_SCALE = float(os.environ.get("RESIDENCY_TEST_TIME_SCALE", "1"))
 """Slow machines multiply every limit on waiting by this."""
