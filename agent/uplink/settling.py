@@ -68,6 +68,6 @@ class Settling:
             self.broken = exc
         else:
             self._board.claimed.difference_update(record for record, _ in answers)
-            if not all(answer for _, answer in answers):  # some are free, here and where they may go instead
+            if any(answer is None for _, answer in answers):  # some are free, here and where they may go instead
                 self._board.wake(self._board.stored)
         self._told()
