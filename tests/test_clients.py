@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import re
 import shutil
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 import msgpack
+import msgspec
 import nodejs
 import pytest
 import stream
@@ -76,7 +76,7 @@ async def test_the_cloudevents_sdk_reads_binary_mode_as_an_event(public_key):
 @needs_node
 async def test_node_finds_forged_unsigned_and_altered_records(public_key):
     good = stream.outgoing(*PICTURE, wire="binary")
-    altered = dataclasses.replace(good, payload=good.payload[:-1] + b"\0")
+    altered = msgspec.structs.replace(good, payload=good.payload[:-1] + b"\0")
     moved = [(name, "us" if name == "dataregion" else text) for name, text in good.properties]
     messages = [
         stream.outgoing(*TELEMETRY, signer=stream.STRANGER),
@@ -84,7 +84,7 @@ async def test_node_finds_forged_unsigned_and_altered_records(public_key):
         stream.outgoing(*TELEMETRY, wire="binary", signer=stream.STRANGER),
         stream.outgoing(*TELEMETRY, wire="binary", signer=None),
         altered,
-        dataclasses.replace(good, properties=moved),
+        msgspec.structs.replace(good, properties=moved),
     ]
     async with mosquitto() as broker:
         seen = await read_by_node(broker.port, public_key, messages)
@@ -172,7 +172,7 @@ async def test_the_readmes_acl_keeps_regions_and_vehicles_apart(tmp_path):
     acl.write_text(snippet("acl"), encoding="utf-8")
     both, own = stream.outgoing(*PICTURE), stream.outgoing(stream.record(1), b"{}")
     away = stream.outgoing(stream.record(2, regions=("hk",)), b"{}")
-    strange = dataclasses.replace(own, topic="cn/car-8/vehicle/telemetry/speed")
+    strange = msgspec.structs.replace(own, topic="cn/car-8/vehicle/telemetry/speed")
     async with mosquitto(config_lines=(*SUBSCRIPTIONS, f"acl_file {acl}")) as broker, asyncio.timeout(SECONDS):
         command = "mosquitto_sub", "-V", "5", "-p", broker.port, "-q", "1", "-t", "#", "-F", "%t", "-C", "2"
         async with consumer(*command, "-u", "archive-cn") as mainland, consumer(*command, "-u", "archive-hk") as island:

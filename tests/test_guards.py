@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 from paho.mqtt.client import Client
 
@@ -68,8 +69,8 @@ def first_track_only(history, capture):
 
 def widened(pipeline, record):
     """Where the car is known to be now, whatever was known of the capture."""
-    regions = pipeline._regions(dataclasses.replace(record.capture, monotonic_ns=10**18))
-    return dataclasses.replace(pipeline.locate(pipeline.policy.config.rules[0], record.capture), regions=regions)
+    regions = pipeline._regions(msgspec.structs.replace(record.capture, monotonic_ns=10**18))
+    return msgspec.structs.replace(pipeline.locate(pipeline.policy.config.rules[0], record.capture), regions=regions)
 
 
 def tls_that(**changes):

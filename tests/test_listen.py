@@ -13,6 +13,7 @@ import sys
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
+import msgspec
 import pytest
 import stream
 from authority import Authority
@@ -92,7 +93,7 @@ async def test_records_of_batches_are_stored_and_refused_one_by_one(keys, tmp_pa
     messages = [
         *(stream.batched(good[at : at + 200], compress=at > 0) for at in range(0, count, 200)),
         stream.batched([*good[:10], forged]),
-        dataclasses.replace(torn, payload=torn.payload[:-1]),
+        msgspec.structs.replace(torn, payload=torn.payload[:-1]),
         stream.outgoing(stream.record(count + 1), b"{}"),
     ]
     async with mosquitto(config_lines=SUBSCRIPTIONS) as broker, asyncio.timeout(SECONDS):

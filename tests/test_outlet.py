@@ -5,6 +5,7 @@ import functools
 import types
 from pathlib import Path
 
+import msgspec
 import pytest
 from endpoints import bench
 from endpoints import policy_of as policy_for
@@ -61,7 +62,7 @@ def stored_record(regions, subject="vehicle/data"):
         recordedtime_ns=1,
         sequence=1,
     )
-    return dataclasses.replace(record(list(regions)), envelope=pack(attributes, b"{}", None))
+    return msgspec.structs.replace(record(list(regions)), envelope=pack(attributes, b"{}", None))
 
 
 def outlet(recorder, endpoint="a"):
@@ -91,7 +92,7 @@ def test_outlet_takes_no_batch_with_a_record_that_was_not_cleared_for_its_endpoi
 def test_batch_of_several_regions_or_topics_does_not_go_out():
     policy, recorder = policy_of({"cn": {"data": ["a"]}, "hk": {"data": ["a"]}}), Recorder()
     here, both = stored_record(regions=("cn",)), stored_record(regions=("cn", "hk"))
-    altered = dataclasses.replace(here, regions=("cn", "hk"))
+    altered = msgspec.structs.replace(here, regions=("cn", "hk"))
     elsewhere = stored_record(regions=("cn",), subject="vehicle/other")
     for records, reason in (
         ((here, both), "several"),
@@ -109,7 +110,7 @@ def test_batch_of_several_regions_or_topics_does_not_go_out():
 
 def test_record_whose_envelope_names_other_regions_than_the_ledger_does_not_go_out():
     honest = stored_record(regions=("cn",))
-    altered = dataclasses.replace(honest, regions=("cn", "hk"))
+    altered = msgspec.structs.replace(honest, regions=("cn", "hk"))
     policy, recorder = policy_of({"cn": {"data": ["a"]}, "hk": {"data": ["a"]}}), Recorder()
     with pytest.raises(EnvelopeError, match="other regions"):
         outlet(recorder).publish(policy.clear(altered, "a"), 0)
