@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from agent.intake.waiting import FOREVER_NS, Waiting
 
 EVENTS = st.one_of(
-    st.sampled_from(["publish", "publish", "ack", "ack", "mark", "lose", "connect", "restart"]),
+    st.sampled_from(["publish", "publish", "ack", "ack", "mark", "mark", "lose", "connect", "restart"]),
     st.integers(1, 1000),  # time goes by
 )
 
@@ -29,6 +29,8 @@ class Broker:
         elif event == "ack" and self.unacked and self.online:
             if self.unacked.popleft()[1] is None:
                 self.waiting.acknowledged()
+            else:
+                self.waiting.marker_acknowledged(self.now)
         elif event == "mark" and self.online and not self.waiting.marked:
             self.marks += 1
             marker = b"%d" % self.marks
@@ -42,7 +44,7 @@ class Broker:
 
     def connect(self, *, fresh):
         if fresh:
-            self.waiting = Waiting(self.waiting.empty_ns)
+            self.waiting = Waiting(self.waiting.kept_ns)
         self.online = True
         self.queue.extendleft(reversed(self.unacked))
         self.unacked.clear()
@@ -53,7 +55,7 @@ class Broker:
             published, marker = self.queue.popleft()
             self.unacked.append((published, marker))
             if marker is not None:
-                self.waiting.returned(marker, self.now)
+                self.waiting.returned(marker)
             elif self.waiting.taken(self.now) < self.now - published:
                 self.short.append((published, self.now))
 
@@ -81,6 +83,17 @@ def test_doubt_ends_once_the_broker_holds_nothing_back(limit, events):
     assert broker.waiting.taken(broker.now) == 0
 
 
+def test_message_that_comes_again_had_been_published_before_the_marker_that_overtook_its_puback():
+    waiting = Waiting(None)
+    waiting.begin(0, resumed=False)
+    waiting.taken(10)
+    waiting.mark(b"m", 20)
+    waiting.returned(b"m")
+    assert (waiting.empty_ns, waiting.kept_ns) == (20, 10)
+    waiting.begin(100, resumed=True)
+    assert waiting.taken(101) == 91
+
+
 def test_nothing_known_of_the_time_before_means_any_time():
     waiting = Waiting(None)
     waiting.begin(100, resumed=True)
@@ -106,7 +119,7 @@ def test_marker_of_an_earlier_connection_says_nothing():
     waiting.mark(b"old", 1)
     waiting.begin(10, resumed=True)
     waiting.mark(b"new", 11)
-    waiting.returned(b"old", 12)
+    waiting.returned(b"old")
     assert not waiting.flows
-    waiting.returned(b"new", 13)
+    waiting.returned(b"new")
     assert waiting.flows

@@ -122,7 +122,7 @@ class Intake:
     @property
     def alive_ns(self) -> int | None:
         """When (boot time) this session was last known to be empty."""
-        return self._waiting.empty_ns
+        return self._waiting.kept_ns
 
     async def run_loop(self) -> None:
         """Connect, take, connect again; returns only by cancelling, which loses nothing. Raises LedgerError."""
@@ -191,7 +191,7 @@ class Intake:
     def _received(self, delivery: Delivery) -> Coroutine[Any, Any, None]:
         """Note the arrival at once; what is left to be done before the PUBACK."""
         if delivery.topic == self._marker_topic:
-            self._waiting.returned(delivery.payload, delivery.monotonic_ns, delivery.unseen_ns)
+            self._waiting.returned(delivery.payload)
             self._news.set()
             return _nothing()
         wait_ns = self._waiting.taken(delivery.monotonic_ns, delivery.unseen_ns)
@@ -238,7 +238,9 @@ class Intake:
                 await asyncio.wait([work])  # not awaited itself: cancelling us must not cancel it
             work.result()
             connection.ack(delivery)
-            if delivery.topic != self._marker_topic:
+            if delivery.topic == self._marker_topic:
+                self._waiting.marker_acknowledged(boot_ns())
+            else:
                 self._waiting.acknowledged()
 
     async def _handle(self, delivery: Delivery, wait_ns: int) -> None:

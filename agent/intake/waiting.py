@@ -11,25 +11,37 @@ Pure: moments are arguments, nanoseconds of CLOCK_BOOTTIME.
 
 from __future__ import annotations
 
+from collections import deque
+
 FOREVER_NS = 10 * 365 * 86_400 * 10**9
 """A wait that no fix history covers: the message may have been captured anywhere."""
 
 
 class Waiting:
-    """What is known of one session. `empty_ns`: all that was published before that moment has been delivered."""
+    """What is known of one session. `empty_ns`: all that was published before that moment has been delivered.
+
+    What is unacknowledged comes again on the next connection: `kept_ns` is the moment that holds for it too.
+    """
 
     def __init__(self, empty_ns: int | None) -> None:
         self.empty_ns = empty_ns
         self._flows = False
-        self._unacknowledged = 0
+        self._unacknowledged: deque[int | None] = deque()  # the earliest that each may have been published
         self._marker = b""
         self._marked_ns = 0
         self._disturbed = False
+        self._holding_ns: int | None = None  # since when the broker may wait for the PUBACK of a marker
+        self._held_ns = 0  # for how long it did
 
     @property
     def flows(self) -> bool:
         """Whether the broker holds nothing back."""
         return self._flows
+
+    @property
+    def kept_ns(self) -> int | None:
+        """All that was published before that moment has been delivered and acknowledged; None: it is not known."""
+        return self._unacknowledged[0] if self._unacknowledged else self.empty_ns
 
     @property
     def marked(self) -> bool:
@@ -38,35 +50,43 @@ class Waiting:
 
     def begin(self, now_ns: int, *, resumed: bool) -> None:
         """A connection was made; a session that was not resumed holds only what is published from now on."""
-        self._unacknowledged = 0
+        self.empty_ns = self.kept_ns if resumed else now_ns
+        self._unacknowledged.clear()
         self._marker = b""
+        self._holding_ns, self._held_ns = None, 0
         self._flows = not resumed
-        if not resumed:
-            self.empty_ns = now_ns
 
     def mark(self, marker: bytes, now_ns: int) -> None:
         """A marker is sent."""
         self._marker, self._marked_ns = marker, now_ns
-        self._disturbed = self._unacknowledged > 0
+        self._disturbed = bool(self._unacknowledged)
 
-    def returned(self, marker: bytes, now_ns: int, unseen_ns: int = 0) -> None:
+    def returned(self, marker: bytes) -> None:
         """A marker has come back; those of earlier connections say nothing."""
         if not self._marker or marker != self._marker:
             return
-        self._marker = b""
+        self._marker, self._holding_ns = b"", self._marked_ns
         self._flows = not self._disturbed
-        self.empty_ns = now_ns - unseen_ns if self._flows else max(self._marked_ns, self.empty_ns or 0)
+        self.empty_ns = max(self._marked_ns, self.empty_ns or 0)
 
     def taken(self, now_ns: int, unseen_ns: int = 0) -> int:
         """A message has come, and is unacknowledged: the longest time that it may have waited."""
         if self._flows:
-            wait_ns, self.empty_ns = unseen_ns, now_ns - unseen_ns
+            held_ns = self._held_ns if self._holding_ns is None else now_ns - self._holding_ns
+            wait_ns = max(unseen_ns, held_ns)
+            self.empty_ns = now_ns - wait_ns
         else:
             wait_ns = FOREVER_NS if self.empty_ns is None else max(now_ns - self.empty_ns, unseen_ns)
-        self._unacknowledged += 1
-        self._flows, self._disturbed = False, True
+        self._unacknowledged.append(self.empty_ns)
+        self._flows, self._disturbed, self._held_ns = False, True, 0
         return wait_ns
 
+    def marker_acknowledged(self, now_ns: int) -> None:
+        """The PUBACK of a marker was sent."""
+        if self._holding_ns is not None:
+            self._held_ns = now_ns - self._holding_ns
+            self._holding_ns = None
+
     def acknowledged(self) -> None:
-        """The PUBACK of a message was sent."""
-        self._unacknowledged -= 1
+        """The PUBACK of the first message that is unacknowledged was sent."""
+        self._unacknowledged.popleft()
