@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+_MEET_IN_NOTHING = {"+", "/#"}  # in the empty topic, which is none (MQTT 5.0, 4.7.3)
 MAX_TOPIC_BYTES = 65_535  # MQTT 5.0, 1.5.4: a UTF-8 string carries a two-byte length
 
 
@@ -48,7 +49,7 @@ def covers(wide: str, narrow: str) -> bool:
 
 def overlap(one: str, other: str) -> bool:
     """Whether some topic matches both filters."""
-    return _overlap(one.split("/"), other.split("/"))
+    return {one, other} != _MEET_IN_NOTHING and _overlap(one.split("/"), other.split("/"))
 
 
 def _overlap(one: list[str], other: list[str]) -> bool:
