@@ -52,7 +52,7 @@ from agent.wire import batch
 log = logging.getLogger(__name__)
 
 SECOND = 10**9
-POLL_SECONDS = 1.0  # the longest that a stored record waits for a missed wake-up
+POLL_SECONDS = 1.0  # an uplink looks around at least so often; a missed wake-up costs that and LOOK_SECONDS
 STABLE_SECONDS = 30.0
 UNSENT_BYTES = 64 << 10  # published but not yet taken by the socket; likewise
 IN_FLIGHT_BYTES = 16 << 20  # without PUBACK: paho keeps them in memory
