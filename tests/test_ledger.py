@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from agent.errors import LedgerError
 from agent.messages import Priority, Redaction, State
+from agent.store import books
 from agent.store.entries import IntakeKey, Noted, Redecided, Rejected, Released, SessionReset, Store, Withdrawn
 from agent.store.ledger import Ledger
 
@@ -42,6 +43,20 @@ def test_stored_record_comes_back_exactly_after_reopening(path):
     assert [spooled.record for spooled in ledger.pending("a", limit=5)] == [original]
     assert ledger.find(original.id) == original
     ledger.close()
+
+
+def test_counts_are_of_one_moment_although_the_writer_goes_on(ledger, path, monkeypatch):
+    ledger.commit([store(1)])
+    typed = books._typed
+
+    def overtaken(*arguments):
+        yield from typed(*arguments)
+        ledger.commit([delivered(1)])
+
+    monkeypatch.setattr(books, "_typed", overtaken)
+    assert Ledger.read_counts(path).pending == 1
+    monkeypatch.undo()
+    assert Ledger.read_counts(path).delivered == 1
 
 
 def test_large_envelope_is_kept_in_a_file_that_goes_with_its_record(path):

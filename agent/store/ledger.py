@@ -298,6 +298,7 @@ class Ledger:
     def read_counts(path: Path) -> Counts:
         """The counters of a ledger, also while another process writes it."""
         with read_only(path) as connection:
+            connection.execute("BEGIN")  # one moment for all that is read
             return tally.counts(read_cells(connection).items())
 
     @staticmethod
