@@ -10,7 +10,6 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import random
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent import topics
+from agent.alarm import rung
 from agent.board import Board
 from agent.errors import AgentError, LedgerEntryError, LedgerError, PositionError
 from agent.histogram import WORK_SECONDS, Histogram
@@ -216,19 +216,14 @@ class Intake:
             await asyncio.sleep(MARKER_SECONDS)
             self._news.clear()
             if self._waiting.flows:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(IDLE_SECONDS):
-                        await self._news.wait()
+                await rung(self._news, asyncio.get_running_loop().time() + IDLE_SECONDS)
 
     async def _is_back(self) -> bool:
         """Wait for the marker while messages come; False when it stays away."""
-        try:
-            while self._waiting.marked:
-                self._news.clear()
-                async with asyncio.timeout(MARKER_PATIENCE_SECONDS):
-                    await self._news.wait()
-        except TimeoutError:
-            return False
+        while self._waiting.marked:
+            self._news.clear()
+            if not await rung(self._news, asyncio.get_running_loop().time() + MARKER_PATIENCE_SECONDS):
+                return False
         return True
 
     async def _ack_loop(self, connection: Connection, unacked: _Unacked) -> None:

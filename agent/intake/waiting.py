@@ -31,7 +31,7 @@ class Waiting:
         self._marked_ns = 0
         self._disturbed = False
         self._holding_ns: int | None = None  # since when the broker may wait for the PUBACK of a marker
-        self._held_ns = 0  # for how long it did
+        self._held_ns = 0  # for how long it did, the last time
 
     @property
     def flows(self) -> bool:
@@ -78,7 +78,7 @@ class Waiting:
         else:
             wait_ns = FOREVER_NS if self.empty_ns is None else max(now_ns - self.empty_ns, unseen_ns)
         self._unacknowledged.append(self.empty_ns)
-        self._flows, self._disturbed, self._held_ns = False, True, 0
+        self._flows, self._disturbed = False, True
         return wait_ns
 
     def marker_acknowledged(self, now_ns: int) -> None:

@@ -7,7 +7,7 @@ Each step of a statement lets go of the interpreter lock, and may wait for the e
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ class Rows:
     """The rows of one transaction."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self._execute = connection.execute
+        self._connection = connection
         self._waiting: list[tuple[int, tuple[object, ...]]] = []
         self._taken: dict[str, Gone] = {}
 
@@ -57,7 +57,7 @@ class Rows:
 
     def _write(self, rows: Sequence[tuple[int, tuple[object, ...]]]) -> None:
         try:
-            self._execute(_statement(_INSERT, len(rows), len(rows[0][1])), _flat(columns for _, columns in rows))
+            write_rows(self._connection, _INSERT, [columns for _, columns in rows])
         except sqlite3.IntegrityError as exc:
             if len(rows) == 1:
                 raise ClashError(rows[0][0], str(exc)) from exc
@@ -66,13 +66,13 @@ class Rows:
 
     def update(self, key: int, columns: tuple[object, ...]) -> None:
         """Replace a row."""
-        self._execute(_UPDATE, (*columns, key))
+        self._connection.execute(_UPDATE, (*columns, key))
 
     def take(self, names: Sequence[str]) -> None:
         """Take the rows with these ids out of the table, for `taken` to give."""
         self.flush()
         if names:
-            found: list[Gone] = self._execute(_DELETE, (msgspec.json.encode(names).decode(),)).fetchall()
+            found: list[Gone] = self._connection.execute(_DELETE, (msgspec.json.encode(names).decode(),)).fetchall()
             self._taken.update((row[1], row) for row in found)
 
     def taken(self, name: str) -> Gone | None:
@@ -85,7 +85,8 @@ class Rows:
 def write_rows(connection: sqlite3.Connection, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
     """Execute a statement in whose `VALUES {}` all rows stand, in as few parts as can be."""
     for part in _parts(rows):
-        connection.execute(_statement(statement, len(part), len(part[0])), _flat(part))
+        values = [value for row in part for value in row]
+        connection.execute(_statement(statement, len(part), len(part[0])), values)
 
 
 def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -101,7 +102,3 @@ def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
 def _statement(text: str, rows: int, columns: int) -> str:
     row = f"({', '.join('?' * columns)})"
     return text.format(", ".join([row] * rows))
-
-
-def _flat(rows: Iterable[Iterable[object]]) -> list[object]:
-    return [value for row in rows for value in row]
