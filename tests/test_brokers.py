@@ -13,7 +13,7 @@ import paho.mqtt.client as paho
 import pytest
 
 from tools import brokers
-from tools.brokers import BrokerError, amqtt, free_port, installed, mosquitto, mosquitto_path
+from tools.brokers import BrokerError, amqtt, free_port, give_back, installed, mosquitto, mosquitto_path
 
 needs_mosquitto = pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
 KINDS = [pytest.param(mosquitto, marks=needs_mosquitto), amqtt]
@@ -102,6 +102,19 @@ def round_trip_quickly(port):
     finally:
         client.disconnect()
         client.loop_stop()
+
+
+def test_port_that_was_picked_is_no_other_process_s_until_it_is_given_back():
+    port = free_port()
+    again = f"from tools import brokers; brokers.FIRST_PORT = brokers.LAST_PORT = {port}; print(brokers.free_port())"
+
+    def picked():
+        root = Path(__file__).parents[1]
+        return subprocess.run([sys.executable, "-c", again], cwd=root, capture_output=True, text=True, check=False)
+
+    assert picked().stderr.strip().endswith(f"no free port in {port}-{port}")
+    give_back(port)
+    assert picked().stdout == f"{port}\n"
 
 
 @needs_mosquitto

@@ -32,6 +32,7 @@ ATTEMPTS = 3  # another process may take the chosen port first
 
 Command = Callable[[int, Path], list[str]]
 _CHOICE = random.SystemRandom()
+_HELD: dict[int, socket.socket] = {}  # ports that this process picked, each with the socket that tells others so
 
 
 class BrokerError(AgentError, OSError):
@@ -65,6 +66,7 @@ class Broker:
             except BrokerError:
                 if self._fixed_port or attempt == ATTEMPTS:
                     raise
+                give_back(self.port)
                 self.port = free_port()
             else:
                 self._fixed_port = True
@@ -120,7 +122,11 @@ class Broker:
 
 
 def free_port() -> int:
-    """Pick a loopback port that nothing listens on now, outside the range of outgoing connections."""
+    """Pick a loopback port that nothing listens on now, outside the range of outgoing connections.
+
+    No other process picks it until this one ends or gives it back, also while a broker on it is down: two runs beside
+    each other do not meet. A name of Linux's abstract sockets tells that, which the kernel forgets with its process.
+    """
     for _ in range(1000):
         port = _CHOICE.randint(FIRST_PORT, LAST_PORT)
         with socket.socket() as probe:
@@ -129,9 +135,27 @@ def free_port() -> int:
                 probe.bind((HOST, port))
             except OSError:
                 continue
+        if _hold(port):
             return port
     message = f"no free port in {FIRST_PORT}-{LAST_PORT}"
     raise BrokerError(message)
+
+
+def _hold(port: int) -> bool:
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        name.bind(f"\0residency-tools-port-{port}")
+    except OSError:
+        name.close()
+        return False
+    _HELD[port] = name
+    return True
+
+
+def give_back(port: int) -> None:
+    """Let others pick a port of `free_port` again; nothing where it is none."""
+    if name := _HELD.pop(port, None):
+        name.close()
 
 
 def mosquitto_path() -> str | None:
@@ -191,6 +215,7 @@ async def _running(kind: str, command: Command, folder: Path | None, port: int |
         yield broker
     finally:
         await broker.stop()
+        give_back(broker.port)
         if folder is None:
             shutil.rmtree(where, ignore_errors=True)
 
