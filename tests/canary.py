@@ -81,9 +81,11 @@ def readings(data: bytes) -> list[bytes]:
     )
     runs = re.findall(rb"[A-Za-z0-9+/_-]{40,}", joined.replace(b"\\", b"").translate(bytes.maketrans(b"-_", b"+/")))
     views += [binascii.a2b_base64(run[: len(run) // 4 * 4]) for run in runs]
-    views += [bytes.fromhex(run.decode()) for run in re.findall(rb"(?:[0-9a-f]{2}){32,}", data)]
+    views += [bytes.fromhex(run.decode()) for run in re.findall(rb"(?:[0-9a-f]{2}\n?){32,}", data)]
+    numbered = re.sub(rb'"\d+": ', b"", data).translate(bytes.maketrans(b"{}", b"[]"))
     views += [
-        bytes(int(n) for n in run[1:-1].split(b",") if int(n) < 256) for run in re.findall(rb"\[[\d, ]{64,}\]", data)
+        bytes(int(n) & 255 for n in run[1:-1].split(b",") if int(n) < 256)
+        for run in re.findall(rb"\[[-\d, ]{64,}\]", numbered)
     ]
     if b"\\u00" in data:
         views.append(data.decode("unicode_escape").encode("latin-1", "replace"))

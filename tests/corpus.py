@@ -5,6 +5,7 @@ import gzip
 import json
 import struct
 import zlib
+from urllib.parse import quote
 
 import msgpack
 import numpy as np
@@ -191,11 +192,15 @@ def payload_vectors() -> list[Vector]:
         "json-duplicate-key": doubled,
         "json-key": json.dumps({text: 1}).encode(),
         "json-numbers": json.dumps({"data": list(picture)}).encode(),
+        "json-signed-numbers": json.dumps({"data": [byte - 256 if byte > 127 else byte for byte in picture]}).encode(),
+        "json-numbers-by-key": json.dumps({"data": dict(enumerate(picture))}).encode(),
+        "json-escaped-lines": b'{"i":"' + code.replace(b"/", b"\\/") + b'"}\n{"a":1}\n',
         "json-hex": json.dumps({"data": picture.hex()}).encode(),
         "json-latin-1": json.dumps({"data": picture.decode("latin-1")}).encode(),
         "json-lines-in-string": json.dumps({"data": wrapped.decode()}).encode(),
         "json-two-pictures": json.dumps([text, text]).encode(),
         "json-base64-of-msgpack": json.dumps({"b": base64.b64encode(msgpack.packb({"p": picture})).decode()}).encode(),
+        "hex-in-lines": picture.hex("\n", 30).encode(),
         "xml": b"<frame><data>" + code + b"</data></frame>",
         "msgpack-bin": msgpack.packb({"ts": 1.5, "image": picture}),
         "msgpack-ext": msgpack.packb([1, msgpack.ExtType(42, picture)]),
@@ -210,7 +215,8 @@ def payload_vectors() -> list[Vector]:
     }
     refused = {
         "base64-behind-a-prefix": (b'{"image":"x' + code + b'"}', "picture.hidden"),
-        "escaped-lines-of-json": (b'{"i":"' + code.replace(b"/", b"\\/") + b'"}\n{"a":1}\n', "picture.hidden"),
+        "escaped-in-torn-json": (b'{"i":"' + code.replace(b"/", b"\\/") + b'","a":', "picture.hidden"),
+        "escaped-for-a-url": (b"image=" + quote(text, safe="").encode() + b"&n=1", "picture.hidden"),
         "utf-16": (json.dumps({"image": text}).encode("utf-16"), "picture.hidden"),
         "binary": (b"\x00\x01\x02\xfe" * 5 + picture + b"\xfe\x00", "picture.hidden"),
         "binary-base64": (b"\x00\x01\xfe" + code + b"\xfe", "picture.hidden"),

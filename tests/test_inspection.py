@@ -1,23 +1,28 @@
 """What a payload holds is told from its raw bytes, fast; pictures are put back where they were."""
 
 import base64
+import contextlib
 import gzip
 import json
 import math
 import os
 import random
+import struct
+import time
 import timeit
 import zlib
+from urllib.parse import quote
 
 import msgpack
 import pytest
 from canary import saved, scene
+from conftest import TIME_SCALE
 from foxglove_schemas_protobuf.CompressedImage_pb2 import CompressedImage
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import RefusedError
-from agent.payloads.inspection import InspectionLimits, inspect, rewrite
+from agent.payloads.inspection import PLAIN, InspectionLimits, inspect, rewrite
 from agent.payloads.packed import msgpack_leaves, protobuf_leaves, varint
 from agent.pictures.signatures import search
 
@@ -36,6 +41,22 @@ def refusal(payload: bytes, limits: InspectionLimits = LIMITS, content_type: str
     with pytest.raises(RefusedError) as caught:
         inspect(payload, limits, content_type)
     return caught.value.reason
+
+
+def signed(data: bytes) -> list[int]:
+    """As Java writes bytes."""
+    return [value - 256 if value > 127 else value for value in data]
+
+
+def in_lines(text: bytes, length: int) -> bytes:
+    return b"\n".join(text[start : start + length] for start in range(0, len(text), length))
+
+
+def in_msgpack(data: bytes, code: str) -> bytes:
+    """A list of numbers, each of the width of a `struct` code: what a sender writes that has them in such an array."""
+    tag = {"B": 0xCC, "H": 0xCD, "I": 0xCE, "Q": 0xCF, "b": 0xD0, "h": 0xD1, "i": 0xD2, "q": 0xD3}[code]
+    values = signed(data) if code.islower() else data
+    return b"\xdd" + struct.pack(">I", len(data)) + b"".join(struct.pack(f">B{code}", tag, value) for value in values)
 
 
 def telemetry() -> bytes:
@@ -100,6 +121,26 @@ def test_word_in_an_unknown_encoding_is_opaque_beside_a_picture_and_in_an_escape
         assert (contents.pictures, contents.opaque) == ("i" in document, True)
 
 
+def test_word_in_an_unknown_encoding_is_opaque_whatever_it_escapes_and_whatever_is_read_twice():
+    assert '"' in (escaping := base64.a85encode(PICTURE).decode())
+    unknown = base64.b85encode(PICTURE).decode()
+    assert inspect(json.dumps({"i": escaping}).encode(), LIMITS).opaque
+    beside = inspect(json.dumps({"i": f"{CODE}|{unknown}"}).encode(), LIMITS)
+    assert (beside.pictures, beside.opaque) == (True, True)
+
+
+def test_word_in_an_unknown_encoding_is_opaque_behind_a_byte_order_mark_and_in_one_of_many_lines():
+    line = json.dumps({"i": base64.b85encode(PICTURE).decode()}).encode()
+    assert inspect(b"\xef\xbb\xbf" + line, LIMITS).opaque
+    assert inspect(b'{"a":1}\n' + line + b'\r\n{"a":2}', LIMITS).opaque
+
+
+def test_base64_with_the_escapes_of_a_url_is_refused():
+    form = b"camera=front&image=" + quote(CODE, safe="").encode() + b"&n=1"
+    assert refusal(form) == "picture.hidden"
+    assert inspect(b"camera=front%2Fleft&load=50%25", LIMITS) == PLAIN
+
+
 def test_long_minified_json_in_a_string_is_read():
     inner = json.dumps({"values": {f"signal_{i}": i for i in range(200)}}, separators=(",", ":"))
     assert not inspect(json.dumps({"body": inner}).encode(), LIMITS).opaque
@@ -151,15 +192,41 @@ def test_both_values_of_a_duplicate_key_are_replaced():
         (base64.encodebytes, base64.decodebytes),
         (lambda p: base64.encodebytes(p).replace(b"\n", b"\r\n"), base64.decodebytes),
         (lambda p: p.hex().encode(), lambda t: bytes.fromhex(t.decode())),
+        (lambda p: b"0x" + p.hex().encode(), lambda t: bytes.fromhex(t[2:].decode())),
+        (lambda p: b"\\x" + p.hex().upper().encode(), lambda t: bytes.fromhex(t[2:].decode())),
+        (lambda p: in_lines(p.hex().encode(), 60), lambda t: bytes.fromhex(t.decode())),
         (lambda p: json.dumps(list(p)).encode(), lambda t: bytes(json.loads(t))),
+        (lambda p: json.dumps(signed(p)).encode(), lambda t: bytes(value & 255 for value in json.loads(t))),
+        (lambda p: json.dumps([float(value) for value in p]).encode(), lambda t: bytes(map(int, json.loads(t)))),
+        (lambda p: json.dumps({"d": dict(enumerate(p))}).encode(), lambda t: bytes(json.loads(t)["d"].values())),
         (lambda p: json.dumps({"d": p.decode("latin-1")}).encode(), lambda t: json.loads(t)["d"].encode("latin-1")),
         (msgpack.packb, msgpack.unpackb),
         (lambda p: msgpack.packb(list(p)), lambda t: bytes(msgpack.unpackb(t))),
+        (lambda p: msgpack.packb(signed(p)), lambda t: bytes(value & 255 for value in msgpack.unpackb(t))),
+        *(
+            (lambda p, code=code: in_msgpack(p, code), lambda t: bytes(value & 255 for value in msgpack.unpackb(t)))
+            for code in "BHIQbhiq"
+        ),
         (lambda p: msgpack.packb({"i": msgpack.ExtType(7, p)}), lambda t: msgpack.unpackb(t)["i"].data),
     ],
 )
 def test_each_encoding_is_written_as_it_was_read(encode, decode):
     assert decode(swap(encode(PICTURE))) == OTHER
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [0.0] * 3000,
+        [-1, 1] * 3000,
+        {str(key): key % 256 for key in range(3000)},
+        [300, *PICTURE],
+        [-1, *PICTURE],
+    ],
+)
+def test_numbers_in_which_no_picture_shows_are_numbers(numbers):
+    text, packed = json.dumps({"v": numbers}).encode(), msgpack.packb({"v": numbers})
+    assert (inspect(text, LIMITS), inspect(packed, LIMITS)) == (PLAIN, PLAIN)
 
 
 def test_lines_of_base64_keep_their_length():
@@ -302,3 +369,37 @@ def test_plain_kilobyte_of_json_costs_a_few_times_its_parsing():
 
     parsing, inspecting = cost(lambda: json.loads(payload)), cost(lambda: inspect(payload, LIMITS))
     assert inspecting < 6 * parsing
+
+
+MANY = 1 << 19
+SHORT_RUNS = ",".join(["A" * 44] * 25)
+HEAVY = {
+    "comments": b'<?xml version="1.0"?>' + b"<!-- note -->" * (MANY // 13) + b"<state/>",
+    "unclosed comments": b"<!--" * (MANY // 4),
+    "document types": b"<!DOCTYPE svg>\n" * (MANY // 15),
+    "data URLs": b"data:image/" * (MANY // 11),
+    "netpbm comments": b"P5\n" + b"#\n" * (MANY // 2),
+    "white space": b" " * MANY + b"<s",
+    "names": b"#define " + b"a_" * (MANY // 2),
+    "runs of base64": json.dumps([SHORT_RUNS] * (MANY // len(SHORT_RUNS))).encode(),
+    "a long run": b"A" * MANY,
+    "lines of hex": b"\n".join([b"ab" * 30] * (MANY // 61)),
+    "open lists": b"[1," * (MANY // 3),
+    "open objects": b'{"0":1,' * (MANY // 7),
+    "escapes": b'["' + b'\\"' * (MANY // 2) + b'"]',
+    "escapes of URLs": b"%2B" * (MANY // 3),
+    "JSON lines": b'{"a":1}\n' * (MANY // 8) + b"x",
+    "lists of numbers": (b"\xdc\x00\x21" + b"\x01" * 32) * 60 + b"\x01",
+    "numbers": b"\xdd" + (MANY).to_bytes(4, "big") + b"\x01" * MANY,
+    "zeros": b"\x00" * MANY,
+    "signatures": b"\xfeRIFF" * (MANY // 5),
+}
+
+
+@pytest.mark.parametrize("payload", HEAVY.values(), ids=HEAVY)
+def test_no_payload_takes_time_that_grows_faster_than_its_size(payload):
+    """Half a megabyte takes a second at most where time is linear, and minutes to years where it is not."""
+    started = time.process_time()
+    with contextlib.suppress(RefusedError):
+        inspect(payload, LIMITS)
+    assert time.process_time() - started < 5.0 * TIME_SCALE

@@ -8,7 +8,9 @@ from __future__ import annotations
 import binascii
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from agent.pictures.signatures import MIN_PICTURE_BYTES, search
@@ -17,16 +19,20 @@ MIN_RUN = MIN_PICTURE_BYTES * 4 // 3
 MIN_LINE = 16  # characters of base64 in the first of several lines
 _ALPHABET = rb"[A-Za-z0-9+/_-]"
 _RUN = re.compile(
-    rb"(?<!%(one)s)(?:%(one)s{%(long)d,}+|%(one)s{%(line)d,}+(?=\r?\n))(?:\r?\n%(one)s{4,}+(?=[=\r\n\"'<]|\Z))*={0,2}"
-    % {b"one": _ALPHABET, b"long": MIN_RUN, b"line": MIN_LINE}
+    rb"(?<!%(one)s)(?:%(one)s{%(long)d,}+|%(one)s{%(line)d,}+(?=\r?\n))"
+    rb"(?:\r?\n%(one)s{4,}+%(end)s)*(?:={1,2}|\r?\n[0-9A-Fa-f]{2}%(end)s)?"
+    % {b"one": _ALPHABET, b"long": MIN_RUN, b"line": MIN_LINE, b"end": rb"(?=[=\r\n\"'<]|\Z)"}
 )
 _LETTERS = bytes(0x78 if re.match(_ALPHABET, bytes([c])) else 0x20 for c in range(256))
 _A_LINE, _A_RUN = b"x" * MIN_LINE, b"x" * MIN_RUN
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_NUMBERS = re.compile(rb"\[\s*+\d{1,3}(?:\s*+,\s*+\d{1,3}){%d,}+\s*+\]" % (MIN_PICTURE_BYTES - 1))
+_MORE = {b"byte": rb"-?\d{1,3}(?:\.0++)?+", b"more": MIN_PICTURE_BYTES - 1}
+_NUMBERS = re.compile(rb"\[\s*+%(byte)s(?:\s*+,\s*+%(byte)s){%(more)d,}+\s*+\]" % _MORE)
+_KEYED = re.compile(rb'\{\s*+"0"\s*+:\s*+\d{1,3}(?:\s*+,\s*+"\d++"\s*+:\s*+\d{1,3}){%(more)d,}+\s*+\}' % _MORE)
 _SPACE = re.compile(rb"\s|\\[nrt]")
-_HEX = re.compile(rb"(?:[0-9A-Fa-f]{2})++\Z")
-_DATA_URL = re.compile(rb"data:(?:image|video)/[^,\"]*+,", re.IGNORECASE)
+_HEX = re.compile(rb"(0?[xX])?((?:[0-9A-Fa-f]{2})++)\Z")
+_URL = rb"data:(?:image|video)/"
+_DATA_URL = re.compile(rb"%(url)s(?:(?!%(url)s)[^,\"])*+," % {b"url": _URL}, re.IGNORECASE)
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _STANDARD = bytes.maketrans(b"+/", b"-_")
 
@@ -51,11 +57,25 @@ def strings(json_text: bytes) -> Iterator[Part]:
 
 
 def numbers(text: bytes) -> Iterator[Part]:
-    """Yield the lists of byte values: some senders write bytes that way."""
+    """Yield the lists of byte values: some senders write bytes that way.
+
+    Signed (Java), with a decimal point, or as an object of numbered keys (JavaScript's typed arrays) only where a
+    picture shows, for numbers in these notations are measurements else.
+    """
     for match in _NUMBERS.finditer(text):
-        values = [int(value) for value in match[0][1:-1].split(b",")]
-        if max(values) < 256:
-            yield Part(match.start(), match.end(), bytes(values), _as_numbers)
+        values = [int(value.partition(b".")[0]) for value in match[0][1:-1].split(b",")]
+        signed, ending = min(values) < 0, b".0" if b"." in match[0] else b""
+        if max(values) >= (128 if signed else 256) or min(values) < -128:
+            continue
+        data = bytes(value & 0xFF for value in values)
+        if not (signed or ending) or search(data) is not None:
+            yield Part(match.start(), match.end(), data, partial(_as_numbers, signed=signed, ending=ending))
+    for match in _KEYED.finditer(text):
+        items = [item.split(b":") for item in match[0][1:-1].split(b",")]
+        values = [int(value) for _, value in items]
+        in_order = all(int(key.strip(b'" \t\r\n')) == index for index, (key, _) in enumerate(items))
+        if in_order and max(values) < 256 and search(bytes(values)) is not None:
+            yield Part(match.start(), match.end(), bytes(values), _as_keyed)
 
 
 def has_unread_word(json_text: bytes, read: Iterable[tuple[int, int]], most: int) -> bool:
@@ -63,16 +83,31 @@ def has_unread_word(json_text: bytes, read: Iterable[tuple[int, int]], most: int
 
     That is what an encoding looks like that nobody here knows.
     """
-    if max(map(len, json_text.split(b'"'))) <= most:
+    if b"\\" not in json_text and max(map(len, json_text.split(b'"'))) <= most:
         return False
-    spans = sorted(read)
+    spans = _merged(read)
+    ends = [end for _, end in spans]
     for match in _STRING.finditer(json_text):
-        if len(match[0]) > most and not _SPACE.search(match[0]):
-            first, last = match.span()
-            known = sum(max(0, min(last, end) - max(first, start)) for start, end in spans)
-            if last - first - known > most:
+        first, last = match.span()
+        if last - first > most and not _SPACE.search(match[0]):
+            index, unread = bisect_right(ends, first), last - first
+            while index < len(spans) and spans[index][0] < last:
+                unread -= min(last, ends[index]) - max(first, spans[index][0])
+                index += 1
+            if unread > most:
                 return True
     return False
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same bytes as spans in order that share none, so that none is counted twice."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def runs(text: bytes) -> Iterator[Part]:
@@ -83,10 +118,12 @@ def runs(text: bytes) -> Iterator[Part]:
     for match in _RUN.finditer(text):
         run = match[0]
         decoded = _unbase64(run)
-        if _HEX.match(run) and search(decoded) is None:
-            yield Part(match.start(), match.end(), binascii.unhexlify(run), _as_hex)
+        digits = _HEX.match(run.translate(None, b"\r\n"))
+        if digits and search(decoded) is None:
+            start = match.start() + digits.start(2)
+            yield Part(start, match.end(), binascii.unhexlify(digits[2]), _in_lines(run, binascii.hexlify))
         else:
-            yield Part(match.start(), match.end(), decoded, _base64_like(run))
+            yield Part(match.start(), match.end(), decoded, _in_lines(run, _base64_like(run)))
 
 
 def is_shifted_picture(part: Part, text: bytes) -> bool:
@@ -117,12 +154,13 @@ def _as_latin(data: bytes) -> bytes:
     return json.dumps(data.decode("latin-1")).encode()
 
 
-def _as_numbers(data: bytes) -> bytes:
-    return b"[" + b",".join(b"%d" % value for value in data) + b"]"
+def _as_numbers(data: bytes, *, signed: bool, ending: bytes) -> bytes:
+    values = (value - 256 if signed and value > 127 else value for value in data)
+    return b"[" + b",".join(b"%d%s" % (value, ending) for value in values) + b"]"
 
 
-def _as_hex(data: bytes) -> bytes:
-    return binascii.hexlify(data)
+def _as_keyed(data: bytes) -> bytes:
+    return b"{" + b",".join(b'"%d":%d' % item for item in enumerate(data)) + b"}"
 
 
 def _unbase64(run: bytes) -> bytes:
@@ -132,16 +170,27 @@ def _unbase64(run: bytes) -> bytes:
 
 
 def _base64_like(run: bytes) -> Callable[[bytes], bytes]:
-    """Write base64 as this run does: its alphabet, with or without padding, in lines of the same length."""
+    """Write base64 as this run does: its alphabet, with or without padding."""
     url_safe = b"-" in run or b"_" in run
     padded = b"=" in run or not len(run.translate(None, b"\r\n")) % 4
-    newline = b"\r\n" if b"\r\n" in run else b"\n"
-    line = run.find(newline)
 
     def wrap(data: bytes) -> bytes:
         text = binascii.b2a_base64(data, newline=False)
         text = text.translate(_STANDARD) if url_safe else text
-        text = text if padded else text.rstrip(b"=")
-        return newline.join(text[i : i + line] for i in range(0, len(text), line)) if line > 0 else text
+        return text if padded else text.rstrip(b"=")
+
+    return wrap
+
+
+def _in_lines(run: bytes, write: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+    """Break what `write` gives into lines as long as this run's; not at all where it has none."""
+    newline = b"\r\n" if b"\r\n" in run else b"\n"
+    line = run.find(newline)
+    if line < 0:
+        return write
+
+    def wrap(data: bytes) -> bytes:
+        text = write(data)
+        return newline.join(text[i : i + line] for i in range(0, len(text), line))
 
     return wrap

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -36,6 +37,8 @@ from agent.pictures.signatures import MIN_PICTURE_BYTES, leading, search
 
 _CONTROL = bytes({*range(0x20)} - {*b"\t\n\v\f\r\x1b"})  # never in a text; ESC colours a terminal's log
 _JSON_STARTS = (b"{", b"[", b'"')
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_JSON = msgspec.json.Decoder(msgspec.Raw)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +140,7 @@ def _text(data: bytes, limits: InspectionLimits, depth: int) -> Contents:
     if any(format_of(run.data) is None and is_shifted_picture(run, data) for run in encoded):
         raise RefusedError("picture.hidden", "base64 off its beat")
     found = _gather([*unescaped, *encoded, *_outside(numbers(data), unescaped)], limits, depth)
-    if not json and b"\\" in data and _holds_runs(data.replace(b"\\/", b"/")):
+    if not json and any(_holds_runs(text) for text in _unescaped(data)):
         raise RefusedError("picture.hidden", "escaped base64 in a text that is not JSON")
     if json and len(data) > limits.opaque_bytes:
         read = [*encoded, *found.parts, *(part for part in unescaped if _is_json(part.data))]
@@ -192,6 +195,14 @@ def _start(part: Part) -> int:
     return part.start
 
 
+def _unescaped(text: bytes) -> Iterator[bytes]:
+    """What a text says where JSON's or a URL's escapes stand for the characters of base64 that need them."""
+    if b"\\/" in text:
+        yield text.replace(b"\\/", b"/")
+    if b"%2" in text:
+        yield unquote_to_bytes(text)
+
+
 def _holds_runs(data: bytes) -> bool:
     return any(search(run.data) is not None for run in runs(data))
 
@@ -209,10 +220,19 @@ def _as_field(data: bytes) -> bytes:
 
 
 def _is_json(data: bytes) -> bool:
+    """Whether a text is one JSON value, or one in each line; a byte order mark before it changes nothing."""
+    data = data.removeprefix(_BYTE_ORDER_MARK)
     if data.lstrip()[:1] not in _JSON_STARTS:
         return False
     try:
-        msgspec.json.decode(data, type=msgspec.Raw)
+        _JSON.decode(data)
+    except (msgspec.DecodeError, RecursionError):
+        return b"\n" in data and _is_json_lines(data)
+    return True
+
+
+def _is_json_lines(data: bytes) -> bool:
+    try:
+        return bool(_JSON.decode_lines(data))
     except (msgspec.DecodeError, RecursionError):
         return False
-    return True

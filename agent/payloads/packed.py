@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from agent.pictures.signatures import search
+
 BIN = {0xC4: 1, 0xC5: 2, 0xC6: 4}
 EXT = {0xC7: 1, 0xC8: 2, 0xC9: 4}
 STR = {0xD9: 1, 0xDA: 2, 0xDB: 4}
@@ -17,11 +19,19 @@ LISTS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}  # width of the
 SCALARS = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
 SCALARS |= {0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
 MIN_INTEGERS = 32  # a shorter list of numbers cannot be a picture
-_INTEGER = re.compile(rb"[\x00-\x7f]|\xcc([\x80-\xff])")
+# A number from -128 to 255 in any of msgpack's notations; the last byte of each is the number modulo 256.
+_NEGATIVE = rb"[\xe0-\xff]|\xd0[\x80-\xff]|\xd1\xff[\x80-\xff]|\xd2\xff{3}[\x80-\xff]|\xd3\xff{7}[\x80-\xff]"
+_NATURAL = rb"[\x00-\x7f]|[\xcc\xd0].|[\xcd\xd1]\x00.|[\xce\xd2]\x00{3}.|[\xcf\xd3]\x00{7}."
+_INTEGER = re.compile(b"(%s)|%s" % (_NEGATIVE, _NATURAL), re.DOTALL)
+_USUAL = {*range(0x80), 0xCC}  # how numbers 0-255 begin where they are written as shortly as they can be
+UNSIGNED, SIGNED = 0, 1  # kinds of a list of numbers
 
 
 class Leaf(NamedTuple):
-    """A leaf: its whole span, where its content lies, and its first byte (list header, bin, str, ext)."""
+    """A leaf: its whole span, where its content lies, and its first byte (list header, bin, str, ext).
+
+    `kind`: the type of an ext, and of a list of numbers whether it is UNSIGNED or SIGNED.
+    """
 
     start: int
     end: int
@@ -93,21 +103,35 @@ def _leaf(data: bytes, at: int, tag: int) -> Leaf:
 
 
 def _integers(data: bytes, at: int, body: int, items: int) -> Iterator[Leaf]:
-    """A list of numbers 0-255 is a leaf as well: some senders write bytes that way."""
+    """A list of numbers 0-255 is a leaf as well: some senders write bytes that way, others as numbers -128-127.
+
+    Of numbers that are not written as shortly as they could be, and of negative ones, only where a picture shows.
+    """
     if items < MIN_INTEGERS:
         return
     content = bytearray()
+    usual, kind, largest = True, UNSIGNED, 0
     while len(content) < items and (match := _INTEGER.match(data, body)):
-        content.append(match[0][-1])
+        value = match[0][-1]
+        content.append(value)
+        if match[1]:
+            kind = SIGNED
+        else:
+            usual &= data[body] in _USUAL
+            largest = max(largest, value)
         body = match.end()
-    if len(content) == items:
-        yield Leaf(at, body, bytes(content), 0xDD)
+    if len(content) < items or (kind == SIGNED and largest > 127):
+        return
+    found = bytes(content)
+    if (usual and kind == UNSIGNED) or search(found) is not None:
+        yield Leaf(at, body, found, 0xDD, kind)
 
 
 def pack(leaf: Leaf, content: bytes) -> bytes:
     """Return the leaf with other content: the same family and ext type, the shortest header that fits."""
     if leaf.tag == 0xDD:
-        body = b"".join(bytes([value]) if value < 0x80 else bytes([0xCC, value]) for value in content)
+        high = 0xD0 if leaf.kind == SIGNED else 0xCC
+        body = b"".join(bytes([value]) if value < 0x80 else bytes([high, value]) for value in content)
         return b"\xdd" + len(content).to_bytes(4, "big") + body
     if leaf.tag in EXT or leaf.tag in FIXEXT:
         return _sized(EXT, len(content)) + bytes([leaf.kind]) + content

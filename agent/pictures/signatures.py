@@ -35,14 +35,15 @@ _ANYWHERE = (
     (b"\x00\x00\x01\xb3", rb"\x00\x00\x01\xb3"),  # MPEG video
     (b"\x00\x00\x00\x01", rb"\x00{3}\x01(?:[\x67\x27][\x42\x4d\x58\x64\x6e\x7a\xf4]|[\x40\x42]\x01)"),  # H.264, H.265
 )
+# Possessive throughout: a payload must not be able to make a match try again what failed, many times over.
 _LEADING = (
     rb"\x00\x00[\x01\x02]\x00[\x01-\x20]\x00",  # ICO, CUR
     rb"FLV\x01|qoif|DDS |v/1\x01|FLIF|farbfeld|BPG\xfb|#\?RADIANCE",
     rb"\x00\x00\x00?\x01[\x09\x27\x67\x40\x42\x46]",  # H.264 and H.265 byte streams
     rb"\x47.{187}\x47.{187}\x47",  # MPEG transport stream
-    rb"P[1-7]\s+(?:#[^\n]*\n\s*)*(?:\d+\s+\d+\s|WIDTH )",  # netpbm
-    rb"\s*(?:/\* XPM|#define \w+_width \d)",
-    rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*|<!DOCTYPE svg[^>]*>\s*)*<svg[\s>]",
+    rb"P[1-7]\s++(?:#[^\n]*+\n\s*+)*+(?:\d++\s++\d++\s|WIDTH )",  # netpbm
+    rb"\s*+(?:/\* XPM|#define \w+_width \d)",
+    rb"\s*+(?:<\?xml[^>]*+>\s*+)?+(?:(?><!--.*?-->)\s*+|<!DOCTYPE svg[^>]*+>\s*+)*+<svg[\s>]",
 )
 _ARCHIVES = (
     rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd|BZh[1-9]|\xfd7zXZ\x00|\x04\x22\x4d\x18|\xff\x06\x00\x00sNaPpY",
