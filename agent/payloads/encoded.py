@@ -29,6 +29,7 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _MORE = {b"byte": rb"-?\d{1,3}(?:\.0++)?+", b"more": MIN_PICTURE_BYTES - 1}
 _NUMBERS = re.compile(rb"\[\s*+%(byte)s(?:\s*+,\s*+%(byte)s){%(more)d,}+\s*+\]" % _MORE)
 _KEYED = re.compile(rb'\{\s*+"0"\s*+:\s*+\d{1,3}(?:\s*+,\s*+"\d++"\s*+:\s*+\d{1,3}){%(more)d,}+\s*+\}' % _MORE)
+_DECIMALS = re.compile(rb"\.0+")
 _SPACE = re.compile(rb"\s|\\[nrt]")
 _HEX = re.compile(rb"(0?[xX])?((?:[0-9A-Fa-f]{2})++)\Z")
 _URL = rb"data:(?:image|video)/"
@@ -63,13 +64,22 @@ def numbers(text: bytes) -> Iterator[Part]:
     picture shows, for numbers in these notations are measurements else.
     """
     for match in _NUMBERS.finditer(text):
-        values = [int(value.partition(b".")[0]) for value in match[0][1:-1].split(b",")]
-        signed, ending = min(values) < 0, b".0" if b"." in match[0] else b""
-        if max(values) >= (128 if signed else 256) or min(values) < -128:
+        listed, ending = match[0][1:-1], b""
+        if b"." in listed:
+            listed, ending = _DECIMALS.sub(b"", listed), b".0"
+        values = [int(value) for value in listed.split(b",")]
+        smallest, largest = min(values), max(values)
+        signed = smallest < 0
+        if smallest < -128 or largest >= (128 if signed else 256):
             continue
-        data = bytes(value & 0xFF for value in values)
+        data = bytes(value & 0xFF for value in values) if signed else bytes(values)
         if not (signed or ending) or search(data) is not None:
             yield Part(match.start(), match.end(), data, partial(_as_numbers, signed=signed, ending=ending))
+    if b'"0"' in text:
+        yield from _keyed_numbers(text)
+
+
+def _keyed_numbers(text: bytes) -> Iterator[Part]:
     for match in _KEYED.finditer(text):
         items = [item.split(b":") for item in match[0][1:-1].split(b",")]
         values = [int(value) for _, value in items]
