@@ -384,3 +384,51 @@ def test_a_late_fix_never_claims_to_be_fresher_than_it_is_by_more_than_the_least
         least = min(least, true_delay)
         late = freshness.late_ns(round((START + now) * S), message(b"", arrived)) / S
         assert late + least + 0.5 >= true_delay - 1e-6
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 5), st.floats(0, 60), st.floats(0, 60) | st.just(0.0)), min_size=3, max_size=60),
+    st.integers(-500_000_000, 500_000_000),
+)
+def test_no_fix_is_fresher_than_the_broker_says_whatever_the_wall_clock_and_the_rate(steps, wall):
+    """A broker holds fixes back and hands them over in order; how long each waited is known, with any surplus."""
+    freshness, captured, arrived = Freshness(window_ns=100 * S), 1_000.0, 0.0
+    for gap, held, surplus in steps:
+        captured += gap
+        arrived = max(arrived, captured + held)
+        late = freshness.late_ns(
+            round((START + captured) * S),
+            Message(
+                topic="",
+                payload=b"",
+                received_ns=round((START + wall + arrived) * S),
+                monotonic_ns=round(arrived * S),
+                wait_ns=round((arrived - captured + surplus) * S),
+            ),
+        )
+        assert late / S + 0.5 >= arrived - captured - 1e-6
+
+
+@pytest.mark.parametrize("rate_hz", [1, 2, 5, 10, 50])
+@pytest.mark.parametrize("speed_up", [1.5, 10, 500])
+@pytest.mark.parametrize("waits", [True, False], ids=["in the broker", "before it"])
+def test_fixes_that_queued_are_as_old_as_they_are_until_the_queue_is_empty(rate_hz, speed_up, waits):
+    """The agent was away, or the receiver was cut off from the broker; then fixes come faster than they are made."""
+    freshness, queued_s = Freshness(), 600
+    for number in range(queued_s * rate_hz * 3):
+        captured = number / rate_hz - queued_s
+        arrived = max(captured, number / rate_hz / speed_up)
+        age = arrived - captured
+        wait = age if waits else 0.0
+        late = freshness.late_ns(
+            round((START + captured) * S),
+            Message(
+                topic="",
+                payload=b"",
+                received_ns=round((START + arrived) * S),
+                monotonic_ns=round((5_000 + arrived) * S),
+                wait_ns=round(wait * S),
+            ),
+        )
+        assert late / S >= age - 0.51
+        assert late / S <= age + 0.51
