@@ -122,6 +122,11 @@ def _intake(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
     for one, other in pairs:
         if topics.overlap(one, other):
             yield ConfigError(file, "intake", f"{one} and {other}", "filters of which no topic matches two")
+    positions = dict.fromkeys(source.topic for source in config.position)
+    for one, other in (*product(positions, config.intake.telemetry), *combinations(positions, 2)):
+        if topics.overlap(one, other) and not (topics.covers(one, other) or topics.covers(other, one)):
+            wanted = "filters that no topic matches both, or one that covers the other: a message must come once"
+            yield ConfigError(file, "position", f"{one} and {other}", wanted)
 
 
 def _status_topic(config: AgentConfig, file: Path) -> Iterator[ConfigError]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from functools import lru_cache
 
 _MEET_IN_NOTHING = {"+", "/#"}  # in the empty topic, which is none (MQTT 5.0, 4.7.3)
+_SHARED = {"$share", "$queue"}  # of shared subscriptions (MQTT 5.0, 4.8.2, and EMQX): no topic begins with it
 MAX_TOPIC_BYTES = 65_535  # MQTT 5.0, 1.5.4: a UTF-8 string carries a two-byte length
 
 
 def filter_mistake(text: str) -> str | None:
     """What is wrong with a topic filter, or None."""
     levels = text.split("/")
+    if levels[0] in _SHARED:
+        return (
+            "a topic filter without $share or $queue: nobody else may take some of the messages, or they arrive twice"
+        )
     if not text or "\0" in text or len(text.encode()) > MAX_TOPIC_BYTES:
         return "a topic filter of 1 to 65535 bytes without NUL"
     if any("#" in level and level != "#" for level in levels) or "#" in levels[:-1]:

@@ -22,7 +22,6 @@ from agent.redaction.worker import WorkerOptions
 from agent.settings.config import Credential, PositionSource
 from agent.settings.field_config import field_rules
 from agent.store.entries import LedgerLimits
-from agent.topics import covers
 from agent.uplink.egress import PeerRules
 from agent.uplink.options import UplinkOptions
 from agent.uplink.presence import PresenceOptions
@@ -130,10 +129,14 @@ def signer(setup: Setup) -> Signer | None:
 
 
 def field_rules_of(setup: Setup) -> dict[str, FieldRules]:
-    """Field rules by the topic filter of their rule; raises InvalidConfigError without the key that they need."""
-    rules = [rule for rule in setup.policy.config.rules if rule.fields is not None]
-    key = _pseudonym_key(setup) if any(rule.fields and rule.fields.pseudonymise for rule in rules) else b""
-    return {rule.topic: field_rules(rule.fields, key) for rule in rules if rule.fields is not None}
+    """Field rules by the topic filter of their rule; raises InvalidConfigError without the key that they need.
+
+    Of rules with the same filter the first decides, in this as in all else, also where it has no field rules.
+    """
+    deciding = {rule.topic: rule.fields for rule in reversed(setup.policy.config.rules)}
+    known = {topic: fields for topic, fields in deciding.items() if fields is not None}
+    key = _pseudonym_key(setup) if any(fields.pseudonymise for fields in known.values()) else b""
+    return {topic: field_rules(fields, key) for topic, fields in known.items()}
 
 
 def _pseudonym_key(setup: Setup) -> bytes:
@@ -157,12 +160,7 @@ def audit_seal(found: Signer | None) -> Callable[[bytes], bytes] | None:
 def intakes(setup: Setup) -> list[IntakeOptions]:
     """The telemetry session with the position topics, and the pictures' session where there are pictures."""
     intake, broker = setup.config.intake, setup.config.broker
-    fixes = tuple(
-        topic
-        for topic in dict.fromkeys(_fix_topics(setup))
-        if not any(covers(wide, topic) for wide in intake.telemetry)
-    )
-    found = [_intake(setup, "telemetry", tuple(intake.telemetry), fixes, broker.window)]
+    found = [_intake(setup, "telemetry", tuple(intake.telemetry), tuple(_fix_topics(setup)), broker.window)]
     if intake.pictures:
         found.append(_intake(setup, "pictures", tuple(intake.pictures), (), broker.picture_window))
     return found

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from agent import __main__ as command_line
-from agent import assembly, commands, status
+from agent import assembly, commands, status, wiring
 from agent.errors import InvalidConfigError
+from agent.payloads.fields import apply_field_rules
 from agent.store.entries import LedgerLimits
 from agent.store.ledger import Ledger
 
@@ -112,6 +113,48 @@ def test_compression_without_its_library_is_a_mistake_that_names_the_extra(files
 def test_what_does_not_fit_together_is_named(files, old, new, key):
     change(files / "agent.toml", old, new)
     assert mistakes(files) == {key}
+
+
+@pytest.mark.parametrize(
+    ("telemetry", "positions", "key"),
+    [
+        (["vehicle/gnss/+"], ["vehicle/+/raw"], "position"),
+        (["car/#"], ["vehicle/+/gnss", "vehicle/front/+"], "position"),
+        (["$share/gateway/vehicle/#"], ["vehicle/gnss"], "intake.telemetry"),
+        (["car/#"], ["$share/gateway/vehicle/gnss"], "position[0].topic"),
+    ],
+)
+def test_filters_by_which_a_message_would_come_twice_or_under_another_name_are_named(files, telemetry, positions, key):
+    change(files / "agent.toml", 'telemetry = ["vehicle/#"]', f"telemetry = {json.dumps(telemetry)}")
+    tables = "".join(f'[[position]]\ntopic = "{topic}"\n' for topic in positions)
+    change(files / "agent.toml", '[[position]]\ntopic = "vehicle/gnss"\n', tables)
+    assert mistakes(files) == {key}
+
+
+def test_filters_that_another_one_covers_are_not_subscribed(files):
+    change(files / "agent.toml", 'telemetry = ["vehicle/#"]', 'telemetry = ["vehicle/gnss/front", "vehicle/speed"]')
+    change(
+        files / "agent.toml",
+        'topic = "vehicle/gnss"',
+        'topic = "vehicle/gnss/+"\n[[position]]\ntopic = "vehicle/speed"',
+    )
+    (options,) = wiring.intakes(assembly.load(files / "agent.toml"))
+    assert options.outgoing == ("vehicle/gnss/front", "vehicle/speed")
+    assert sorted(options.subscribed) == ["vehicle/gnss/+", "vehicle/speed"]
+
+
+def test_field_rules_are_those_of_the_rule_that_decides(files):
+    rule = '{ topic = "vehicle/%s", action = "forward", class = "data"%s }'
+    rules = [
+        rule % ("#", ', fields = { drop = ["/vin", "/driver"] }'),
+        rule % ("#", ', fields = { drop = ["/debug"] }'),
+        rule % ("speed", ""),
+        rule % ("speed", ', fields = { drop = ["/debug"] }'),
+    ]
+    change(files / "policy.toml", rule % ("#", ""), ", ".join(rules))
+    (known,) = wiring.field_rules_of(assembly.load(files / "agent.toml")).items()
+    assert known[0] == "vehicle/#"
+    assert apply_field_rules(b'{"vin":"LSV","driver":"A","debug":1}', known[1]) == b'{"debug":1}'
 
 
 def test_own_borders_replace_the_shipped_ones_and_their_mistakes_are_named(files):

@@ -275,3 +275,17 @@ async def test_presence_says_birth_counts_and_death_where_the_endpoint_asks_for_
         await it.until(lambda: len(said("presence")) == 4)
         assert said("presence")[3]["reason"] == "lost"
         assert {row.region for row in it.received} == {"cn"}
+
+
+async def test_message_that_a_position_filter_matches_too_is_taken_once(tmp_path, patience):
+    async with asyncio.timeout(2 * patience), car(tmp_path, regions=("cn",)) as it:
+        it.configure(agent='[[position]]\ntopic = "vehicle/#"\n')
+        await it.start()
+        await it.at(SHENZHEN)
+        for number in range(5):
+            it.telemetry(number)
+        it.drive(SHENZHEN)
+        await it.until(lambda: it.counts()["delivered"] >= 5)
+        await it.stop()
+        assert it.numbers("cn") == list(range(5))
+        assert it.counts()["received"] == 5

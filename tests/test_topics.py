@@ -36,9 +36,9 @@ def test_wildcards_at_the_start_do_not_match_dollar_topics():
 
 
 def test_malformed_filters_are_named():
-    for text in ("", "a/#/b", "a#", "a+/b", "a/b#", "a\0"):
+    for text in ("", "a/#/b", "a#", "a+/b", "a/b#", "a\0", "$share/group/a", "$queue/a"):
         assert topics.filter_mistake(text)
-    for text in ("#", "+", "a/+/b", "a/#", "/", "$share/group/a"):
+    for text in ("#", "+", "a/+/b", "a/#", "/", "$SYS/#", "a/$share"):
         assert topics.filter_mistake(text) is None
 
 

@@ -58,6 +58,12 @@ class IntakeOptions:
     fixes: tuple[str, ...] = ()
     queue_bytes: int = 32 << 20
 
+    @property
+    def subscribed(self) -> list[str]:
+        """All filters but those that another one covers: a broker sends a message once for each that it matches."""
+        filters = dict.fromkeys((*self.outgoing, *self.fixes))
+        return [one for one in filters if not any(topics.covers(wide, one) for wide in filters if wide != one)]
+
 
 class Fixes:
     """Feeds position messages into the fix history; counts those that are none, and those that say nothing."""
@@ -203,7 +209,7 @@ class Intake:
 
         What a resumed session kept for us comes before the SUBACK, so it is taken meanwhile.
         """
-        await connection.subscribe([*self._options.outgoing, *self._options.fixes, self._marker_topic])
+        await connection.subscribe([*self._options.subscribed, self._marker_topic])
         self.connected = True
         log.info("intake.connected", extra={"session": self._options.name})
         while True:
