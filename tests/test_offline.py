@@ -9,6 +9,7 @@ from tools import offline
 from tools.demo import BUNDLED
 from tools.expectations import Expectations
 from tools.recording import Properties, Recorded, RecordingWriter, messages
+from tools.run_file import keep, load
 from tools.scene import agent_values, policy_values
 from tools.schedule import Options
 from tools.trial import Setting, TrialError
@@ -103,6 +104,15 @@ async def test_pictures_of_the_bundled_drive_are_masked_by_the_shipped_model_and
     assert done.verdict.pictures
     assert done.verdict.masked.total() > 0
     assert done.trial.status["model"]["digest"] == json.loads(MODEL.read_text())["sha256"]
+
+
+async def test_gap_in_the_positions_and_a_place_in_words_are_no_part_of_the_track(tmp_path):
+    gaps = [{"lat": None, "lon": None}, {"lat": "n/a", "lon": "n/a"}, {"lat": True, "lon": 114.05}, {"lat": 22.6}]
+    drive = [*fixes(0, 1), *(at(2, "vehicle/gnss", **gap) for gap in gaps), *fixes(3)]
+    given = setting(tmp_path, drive)
+    done = await run(given)
+    keep(given.folder, given, done.sent, done.trial, done.verdict)
+    assert [second for second, _, _ in load(given.folder).track] == [0, 1, 3]
 
 
 async def test_folder_of_an_earlier_run_is_not_used_again(tmp_path):
