@@ -64,6 +64,7 @@ def test_unknown_place_permits_what_any_place_may_and_a_country_without_a_region
         {"rules": [{"topic": "#", "action": "forward"}]},
         {"rules": [{"action": "refuse"}]},
         {"permit": {"cn": 1}},
+        {"rules": [{"topic": "#", "action": "forward", "class": "x", "fields": {"positions": [{}]}}]},
     ],
     ids=str,
 )
@@ -84,7 +85,7 @@ def test_files_that_agent_toml_names_are_found_from_the_folder_of_the_run(tmp_pa
     (tmp_path / "agent.toml").write_text(toml_text(agent))
     options = ["--policy", str(tmp_path / "policy.toml"), "--agent", str(tmp_path / "agent.toml"), "--to", "10"]
     options += ["--without", "vehicle/camera/#", "--offline", "--quiet", "--out", str(tmp_path / "run")]
-    assert main(["verify", str(BUNDLED), *options]) in {0, 1}
+    assert main(["verify", str(BUNDLED), *options]) == 0
     assert any(one.topic.startswith("vehicle/telemetry/") and one.brokers for one in load(tmp_path / "run").events)
 
 

@@ -104,7 +104,7 @@ def save(folder: Path, run: RunFile, verdict: Verdict) -> None:
     pictures = folder / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
     for kept, picture in zip(run.pictures, verdict.pictures, strict=True):
-        (pictures / kept.before).write_bytes(picture.sent.payload)
+        (pictures / kept.before).write_bytes(picture.original)
         (pictures / kept.after).write_bytes(picture.data)
     write_whole(folder / RUN_FILE, msgspec.json.encode(run))
 

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from agent.errors import AgentError
 from tools import archive, archive_page, archive_results, offline
-from tools.expectations import Check, ExpectationError, Expectations, permits_of, read_expectations
+from tools.expectations import Check, ExpectationError, Expectations, fields_of, permits_of, read_expectations
 from tools.run_file import keep
 from tools.scene import agent_values
 from tools.schedule import Options
@@ -142,7 +142,8 @@ def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
     if missing or arguments.speed <= 0:
         message = f"{arguments.policy}: no {missing[0]}" if missing else "--speed: wanted more than 0"
         raise ExpectationError(message)
-    permits_of(policy)  # told now rather than after the run, which reads it for its verdict
+    permits_of(policy)  # told now rather than after the run, which reads both for its verdict
+    fields_of(policy)
     speed = 1.0 if arguments.offline or arguments.archive else arguments.speed
     return Setting(
         agent=_agent(given, speed, arguments.manifest),
