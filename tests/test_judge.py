@@ -1,25 +1,37 @@
 from __future__ import annotations
 
+import base64
 import io
+import json
+import struct
+import time
+import zlib
 from dataclasses import replace
 
 import msgpack
 import numpy as np
 import pytest
 import zstandard
+from canary import saved
 from PIL import Image
 
+from agent.pictures.containers import rebuild
+from agent.pictures.formats import PictureLimits
 from agent.wire import batch
 from tools.demo import BUNDLED
 from tools.importing.truth import ATTACHMENT, Truth
 from tools.judge import STATES, Judge, Sent, claimed, judge_counts
-from tools.pixels import constant_share, covered, decode, nearest, thumbnail
+from tools.leaves import Fields
+from tools.pixels import constant_share, covered, decode, hides_nothing, nearest, picture_format, thumbnail
 from tools.recording import contents, messages
 from tools.scene import permitted
+from tools.stamps import rfc3339
 from tools.witness import Seen, WitnessError, opened, unbatched
 
 SPEED = Sent(topic="vehicle/telemetry/speed", payload=b'{"ts":1.0,"kmh":50}', country="CN")
 LOCATION = Sent(topic="vehicle/gnss", payload=b'{"ts":1.0,"lat":22.4}', country="HK")
+FRONT = "vehicle/camera/front"
+START = 1_790_000_000 * 10**9  # ns, 2026-09-21T14:13:20Z
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +61,10 @@ def masked(sent, leave=()):
 
 
 def seen(data, broker="cn", number=0, **attributes):
-    inner = {"id": str(number), "source": "urn:test", "redaction": "person=1", **attributes, "data": data}
+    """A record as a broker got it; without a subject of its own, of the topic that has such data in these tests."""
+    subject = FRONT if picture_format(data) else SPEED.topic
+    stated = {"subject": subject, "redaction": "person=1", **attributes}
+    inner = {"id": str(number), "source": "urn:test", **stated, "data": data}
     outer = {"payload": msgpack.packb(inner), "payloadType": "t", "signatures": []}
     return Seen(broker=broker, topic="cn/demo/x", payload=msgpack.packb(outer), time_ns=0)
 
@@ -66,7 +81,7 @@ def test_permitted_record_is_counted_by_its_true_country_and_is_no_problem():
 
 @pytest.mark.parametrize(("sent", "broker"), [(SPEED, "hk"), (LOCATION, "hk"), (LOCATION, "cn")])
 def test_record_at_a_broker_that_its_true_country_does_not_permit_is_a_problem_whatever_its_tag_says(sent, broker):
-    verdict = judged([sent], [seen(sent.payload, broker, dataregion="hk")])
+    verdict = judged([sent], [seen(sent.payload, broker, dataregion="hk", subject=sent.topic)])
     assert len(verdict.problems) == 1
     assert sent.country in verdict.problems[0]
 
@@ -79,6 +94,12 @@ def test_data_that_nobody_sent_and_publications_without_an_envelope_are_problems
 def test_repeated_delivery_of_one_record_is_counted_once():
     verdict = judged([SPEED], [seen(SPEED.payload), seen(SPEED.payload)])
     assert (verdict.repeated, verdict.arrived["CN", "cn"]) == (1, 1)
+
+
+def test_record_that_comes_again_elsewhere_or_with_other_data_is_judged_as_well():
+    elsewhere = judged([SPEED], [seen(SPEED.payload), seen(SPEED.payload, "hk")])
+    assert (elsewhere.repeated, len(elsewhere.problems)) == (1, 1)
+    assert "nobody sent" in judged([SPEED], [seen(SPEED.payload), seen(b"other")]).problems[0]
 
 
 def test_masked_pictures_are_recognised_and_pass(street):
@@ -130,7 +151,266 @@ def test_bytes_behind_the_picture_and_missing_claims_are_problems(street):
 
 def test_cabin_picture_is_permitted_nowhere(street):
     cabin = Sent(topic="vehicle/camera/cabin", payload=street[0].payload, country="CN")
-    assert any("permitted for [] only" in problem for problem in judged([cabin], [seen(masked(street[0]))]).problems)
+    assert any(
+        "permitted for [] only" in problem
+        for problem in judged([cabin], [seen(masked(street[0]), subject=cabin.topic)]).problems
+    )
+
+
+def at(sent, second):
+    return replace(sent, captured_ns=START + round(second * 10**9))
+
+
+def told(second):
+    """The `time` of a record that was captured then."""
+    return rfc3339(START + round(second * 10**9))
+
+
+BELT = Sent(topic="vehicle/telemetry/belt", payload=b'{"belt":"on"}', country="CN")
+BOTH = [at(BELT, 10), at(replace(BELT, country="HK"), 4000)]
+
+
+def test_leak_is_found_though_the_same_bytes_were_said_again_where_they_are_permitted():
+    first, second = (
+        seen(BELT.payload, "hk", number, subject=BELT.topic, time=told(when)) for number, when in enumerate((10, 4000))
+    )
+    for sent in (BOTH, BOTH[::-1]):
+        assert "captured in CN is permitted for ['cn'] only" in judged(sent, [first]).problems[0]
+        assert len(judged(sent, [second, first]).problems) == 1
+
+
+def test_same_bytes_in_two_countries_are_told_apart_by_the_time_and_each_counts_for_its_own():
+    records = [
+        seen(BELT.payload, broker, number, subject=BELT.topic, time=told(when))
+        for number, (broker, when) in enumerate([("hk", 4000.3), ("cn", 9.8)])
+    ]
+    for sent in (BOTH, BOTH[::-1]):
+        verdict = judged(sent, records)
+        assert verdict.problems == []
+        assert verdict.arrived == {("CN", "cn"): 1, ("HK", "hk"): 1}
+        assert {sent[one.sent].country: one.broker for one in verdict.deliveries} == {"CN": "cn", "HK": "hk"}
+
+
+@pytest.mark.parametrize("stated", [{}, {"time": "yesterday"}, {"time": told(700)}], ids=str)
+def test_all_equal_messages_that_a_record_may_be_have_to_permit_the_broker(stated):
+    record = seen(BELT.payload, "hk", subject=BELT.topic, **stated)
+    (problem,) = judged(BOTH, [record]).problems
+    assert "an equal message was captured in HK" in problem
+    assert judged([BOTH[1], at(BOTH[1], 5000)], [record]).problems == []
+
+
+def test_time_that_two_records_state_is_that_of_one_message():
+    records = [seen(BELT.payload, "hk", number, subject=BELT.topic, time=told(4000)) for number in range(2)]
+    assert len(judged(BOTH, records).problems) == 1
+
+
+def test_same_bytes_on_two_topics_are_two_messages_and_a_topic_that_nobody_sent_them_on_is_a_problem():
+    refused = replace(BELT, topic="vehicle/camera/cabin")
+    assert judged([BELT, refused], [seen(BELT.payload, subject=BELT.topic)]).problems == []
+    assert "permitted for [] only" in judged([BELT, refused], [seen(BELT.payload, subject=refused.topic)]).problems[0]
+    assert "nobody sent" in judged([BELT], [seen(BELT.payload, subject="vehicle/telemetry/door")]).problems[0]
+
+
+def test_same_picture_in_two_countries_is_told_apart_by_the_time(street):
+    both = [at(street[0], 10), at(replace(street[0], country="HK"), 4000)]
+    for when, problems in ((10, 1), (4000, 0)):
+        verdict = judged(both, [seen(masked(street[0]), "hk", time=told(when))])
+        assert len(verdict.problems) == problems
+
+
+RULES = {
+    "keep": ["/ts", "/vin", "/where", "/list"],
+    "drop": ["/where/altitude", "/list/*/secret"],
+    "positions": [{"latitude": "/where/lat", "longitude": "/where/lon", "metres": 11057.4}],
+    "times": [{"place": "/ts", "seconds": 60}],
+    "pseudonymise": ["/vin"],
+}
+FULL = {
+    "ts": 1790000042.5,
+    "vin": "LSV1",
+    "where": {"lat": 22.61, "lon": 114.051, "altitude": 3},
+    "list": [{"n": 1, "secret": "x"}, {"n": 2}],
+    "driver": "somebody",
+}
+LEFT = {
+    "ts": 1790000040.0,
+    "vin": "0123456789abcdef" * 2,
+    "where": {"lat": 22.6, "lon": 114.06},
+    "list": [{"n": 1}, {"n": 2}],
+}
+
+
+def with_fields(pack, *delivered):
+    """Problems of a message FULL under RULES that was delivered as these."""
+    sent = replace(at(BELT, 42.5), payload=pack(FULL))
+    records = [seen(pack(one), number=number, subject=BELT.topic, time=told(0)) for number, one in enumerate(delivered)]
+    return Judge([sent], permitted, lambda _topic: Fields.of(RULES)).judge(records).problems
+
+
+def as_json(value):
+    return json.dumps(value).encode()
+
+
+@pytest.mark.parametrize("pack", [as_json, msgpack.packb])
+def test_document_passes_as_the_field_rules_leave_it_and_not_with_anything_that_they_take_out(pack):
+    assert with_fields(pack, LEFT) == []
+    wrong = [
+        FULL,
+        LEFT | {"driver": "somebody"},
+        LEFT | {"where": LEFT["where"] | {"altitude": 3}},
+        LEFT | {"list": FULL["list"]},
+        LEFT | {"vin": "LSV1"},
+        LEFT | {"where": LEFT["where"] | {"lat": 22.61}},
+        LEFT | {"ts": FULL["ts"]},
+    ]
+    for one in wrong:
+        assert any("field rules" in problem for problem in with_fields(pack, one)), one
+    for one in ({}, LEFT | {"list": [{"n": 1}, {"n": 3}]}, LEFT | {"list": [{"m": 1}, {"n": 2}]}):
+        assert "nobody sent" in with_fields(pack, one)[0], one
+
+
+def test_value_behind_a_second_key_of_the_same_name_is_seen():
+    sent = replace(BELT, payload=b'{"vin":"LSV1"}')
+    twice = b'{"vin":"LSV1","vin":"0123456789abcdef0123456789abcdef"}'
+    assert Judge([sent], permitted, lambda _topic: Fields.of(RULES)).judge([seen(twice, subject=BELT.topic)]).problems
+
+
+def test_record_whose_time_a_rule_made_coarse_may_be_any_message_of_that_step():
+    def problems(*seconds):
+        sent = [
+            at(replace(BELT, country=country), second) for country, second in zip(("CN", "HK"), seconds, strict=True)
+        ]
+        fields = Fields.of({"times": [{"place": "/ts", "seconds": 60}]})
+        record = seen(BELT.payload, "hk", subject=BELT.topic, time=told(60))
+        return Judge(sent, permitted, lambda _topic: fields).judge([record]).problems
+
+    assert problems(30, 90) == []
+    assert "an equal message was captured in HK" in problems(70, 90)[0]
+
+
+def turned(pixels):
+    """A JPEG that is stored lying on its side, with EXIF that says so and nothing else."""
+    return rebuild(jpeg(np.rot90(pixels)), PictureLimits(), 6)
+
+
+def in_json(pixels):
+    return as_json({"ts": 1.0, "img": base64.b64encode(jpeg(pixels)).decode(), "n": 1})
+
+
+def in_data_url(pixels):
+    return as_json(["x", {"img": f"data:image/png;base64,{base64.urlsafe_b64encode(png(pixels)).decode()}"}])
+
+
+def in_msgpack(pixels):
+    return msgpack.packb({"ts": 1.0, "img": webp(pixels)})
+
+
+def png(pixels):
+    return saved(pixels, "PNG")
+
+
+def webp(pixels):
+    return saved(pixels, "WEBP", quality=90)
+
+
+@pytest.mark.parametrize("form", [turned, png, webp, in_json, in_data_url, in_msgpack])
+def test_every_form_of_a_picture_passes_masked_and_is_caught_unredacted(street, form):
+    pixels = decode(street[0].payload)
+    sent = replace(street[0], payload=form(pixels))
+
+    def problems(data, **attributes):
+        return judged([sent], [seen(data, subject=FRONT, **attributes)]).problems
+
+    assert problems(form(decode(masked(street[0])))) == []
+    assert any("unredacted" in one for one in problems(sent.payload))
+    assert any("none of" in one for one in problems(sent.payload, redaction="none"))
+    assert any("none of" in one for one in problems(form(decode(jpeg(pixels)))))
+    assert any("does not say" in one for one in problems(form(decode(masked(street[0]))), redaction=""))
+    assert any("nobody sent" in one for one in problems(as_json({"ts": 1.0, "img": "", "n": 1})))
+
+
+def test_picture_in_a_form_that_the_judge_cannot_read_is_no_pass(street):
+    hexed = replace(street[0], payload=as_json({"img": street[0].payload.hex()}))
+    record = seen(as_json({"img": masked(street[0]).hex()}), subject=FRONT)
+    assert "cannot be read" in judged([hexed], [record]).problems[0]
+
+
+@pytest.mark.parametrize(
+    ("payload", "rules"),
+    [
+        (as_json({"img": "/9j/é"}), {}),
+        (as_json({"img": "/9j/A"}), {}),
+        (
+            b'{"lat":Infinity,"lon":1e999,"ts":1e999}',
+            {"positions": [{"latitude": "/lat", "longitude": "/lon", "metres": 1}]},
+        ),
+        (b'{"ts":1e999}', {"times": [{"place": "/ts", "seconds": 60}]}),
+        (b"[" * 100_000 + b'"/9j/"', {"drop": ["/a"]}),
+        (b'{"a":"\\ud800"}', {"drop": ["/b"]}),
+    ],
+    ids=range(6),
+)
+def test_no_payload_ends_the_judge_with_an_error(payload, rules):
+    sent = replace(BELT, payload=payload)
+    Judge([sent], permitted, lambda _topic: Fields.of(rules)).judge([seen(payload, subject=BELT.topic)])
+
+
+def test_very_many_equal_messages_are_told_apart_in_little_time():
+    sent = [at(BELT, second) for second in range(20_000)]
+    records = [seen(BELT.payload, number=second, subject=BELT.topic, time=told(second)) for second in range(20_000)]
+    begun = time.process_time()
+    verdict = judged(sent, records)
+    assert [one.sent for one in verdict.deliveries] == list(range(20_000))
+    assert time.process_time() - begun < 10
+
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+GREY = np.full((40, 60, 3), 99, np.uint8)
+LARGE_EXIF = Image.Exif()
+LARGE_EXIF.update({0x0112: 6, 0x010F: "maker"})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        jpeg(GREY),
+        saved(GREY, "JPEG", progressive=True),
+        turned(GREY),
+        png(GREY),
+        rebuild(png(GREY), PictureLimits(), 3),
+        webp(GREY),
+        saved(GREY, "WEBP", lossless=True),
+        rebuild(webp(GREY), PictureLimits(), 8),
+    ],
+)
+def test_picture_with_nothing_but_its_orientation_hides_nothing(data):
+    assert hides_nothing(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        jpeg(GREY) + b"x",
+        jpeg(GREY)[:-2],
+        saved(GREY, "JPEG", comment=b"x"),
+        saved(GREY, "JPEG", exif=LARGE_EXIF),
+        saved(GREY, "JPEG", progressive=True).replace(b"\xff\xda", b"\xff\xe5\x00\x03x\xff\xda"),
+        jpeg(GREY).replace(b"\xff\xd9", b"\xff\xfe\x00\x03x\xff\xd9"),
+        png(GREY) + b"x",
+        png(GREY)[:33] + chunk(b"tEXt", b"a\x00b") + png(GREY)[33:],
+        saved(GREY, "PNG", exif=LARGE_EXIF),
+        saved(np.dstack([GREY, GREY[..., :1]]), "PNG"),
+        webp(GREY) + b"x",
+        saved(GREY, "WEBP", exif=LARGE_EXIF),
+        saved(GREY, "WEBP", xmp=b"<x/>"),
+        saved(np.dstack([GREY, GREY[..., :1]]), "WEBP"),
+    ],
+)
+def test_picture_with_anything_more_may_hide_something(data):
+    assert not hides_nothing(data)
 
 
 def counts(**changes):

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from canary import saved
+from PIL import Image
 
+from agent import pipeline
+from agent.pictures.containers import rebuild
+from agent.pictures.formats import PictureLimits, RedactedPayload
 from tools import offline
 from tools.demo import BUNDLED
 from tools.expectations import Expectations
 from tools.recording import Properties, Recorded, RecordingWriter, messages
+from tools.run_file import keep, load
 from tools.scene import agent_values, policy_values
 from tools.schedule import Options
 from tools.trial import Setting, TrialError
@@ -103,6 +112,90 @@ async def test_pictures_of_the_bundled_drive_are_masked_by_the_shipped_model_and
     assert done.verdict.pictures
     assert done.verdict.masked.total() > 0
     assert done.trial.status["model"]["digest"] == json.loads(MODEL.read_text())["sha256"]
+
+
+def forms():
+    """A street picture of the bundled drive, with people in it, in every form that is judged: topic -> payload."""
+    street = next(one.payload for one in messages(BUNDLED) if one.topic == "vehicle/camera/front")
+    pixels = np.asarray(Image.open(io.BytesIO(street)))
+    return {
+        "vehicle/camera/turned": rebuild(saved(np.rot90(pixels), "JPEG", quality=90), PictureLimits(), 6),
+        "vehicle/camera/png": saved(pixels, "PNG"),
+        "vehicle/camera/webp": saved(pixels, "WEBP", quality=90),
+        "vehicle/camera/json": json.dumps({"img": base64.b64encode(street).decode(), "n": 1}).encode(),
+    }
+
+
+def picture_drive(tmp_path):
+    rule = {"topic": "vehicle/camera/+", "class": "picture", "action": "redact"}
+    taken = {"capture_time": "property:time", "capture_unit": "ns"}
+    policy = {**policy_values(), "rules": [rule | taken, *policy_values()["rules"]]}
+    drive = [*fixes(0, 1, 2), *(at(3, topic, payload=payload) for topic, payload in forms().items()), *fixes(4)]
+    return setting(tmp_path, drive, policy=policy)
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="no detector is committed under models/ yet")
+async def test_pictures_of_every_form_pass_as_the_agent_redacts_them(tmp_path):
+    done = await run(picture_drive(tmp_path))
+    assert counts(done) == {"received": 8, "delivered": 8}
+    assert done.verdict.problems == []
+    assert {one.sent.topic for one in done.verdict.pictures} == set(forms())
+    assert all(one.claimed["person"] for one in done.verdict.pictures)
+
+
+async def test_picture_of_any_form_that_was_not_redacted_is_a_problem(tmp_path, monkeypatch):
+    async def unredacted(_self, payload, _content_type=None):
+        return RedactedPayload(payload=payload, counts={"person": 1}, pictures=1, model_digest="0" * 64)
+
+    monkeypatch.setattr(offline.InProcess, "redact", unredacted)
+    done = await run(picture_drive(tmp_path))
+    assert counts(done) == {"received": 8, "delivered": 8}
+    for topic in forms():
+        assert any(topic in problem and "unredacted" in problem for problem in done.verdict.problems), topic
+
+
+FIELDS = {
+    "keep": ["/ts", "/vin", "/where", "/list"],
+    "drop": ["/where/altitude", "/list/*/secret"],
+    "positions": [{"latitude": "/where/lat", "longitude": "/where/lon", "metres": 500}],
+    "times": [{"place": "/ts", "seconds": 60}],
+    "pseudonymise": ["/vin"],
+}
+
+
+def personal(second):
+    where = {"lat": 22.6012345 + second / 1e4, "lon": 114.0512345, "altitude": 3}
+    return at(second, vin="LSV1", where=where, list=[{"n": second, "secret": "x"}, {"n": None}], driver="somebody")
+
+
+def fields_drive(tmp_path):
+    (tmp_path / "pseudonym.key").write_bytes(b"sixteen bytes or more")
+    policy = policy_values()
+    next(one for one in policy["rules"] if one["topic"] == "vehicle/telemetry/#")["fields"] = FIELDS
+    drive = [*fixes(*range(5)), *(personal(second) for second in (1, 2, 3))]
+    return setting(tmp_path, drive, policy=policy, signing={"pseudonym_key_file": str(tmp_path / "pseudonym.key")})
+
+
+async def test_documents_pass_as_the_agent_leaves_them_by_the_field_rules_of_the_policy(tmp_path):
+    done = await run(fields_drive(tmp_path))
+    assert counts(done) == {"received": 8, "delivered": 8}
+    assert done.verdict.problems == []
+    assert {one.sent for one in done.verdict.deliveries} == set(range(8))
+
+
+async def test_document_that_the_field_rules_were_not_applied_to_is_a_problem(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "apply_field_rules", lambda payload, _rules, _media_type: payload)
+    done = await run(fields_drive(tmp_path))
+    assert len([one for one in done.verdict.problems if "field rules" in one]) == 3
+
+
+async def test_gap_in_the_positions_and_a_place_in_words_are_no_part_of_the_track(tmp_path):
+    gaps = [{"lat": None, "lon": None}, {"lat": "n/a", "lon": "n/a"}, {"lat": True, "lon": 114.05}, {"lat": 22.6}]
+    drive = [*fixes(0, 1), *(at(2, "vehicle/gnss", **gap) for gap in gaps), *fixes(3)]
+    given = setting(tmp_path, drive)
+    done = await run(given)
+    keep(given.folder, given, done.sent, done.trial, done.verdict)
+    assert [second for second, _, _ in load(given.folder).track] == [0, 1, 3]
 
 
 async def test_folder_of_an_earlier_run_is_not_used_again(tmp_path):

@@ -59,6 +59,7 @@ def folder(tmp_path):
             Redacted(
                 broker="cn",
                 sent=street,
+                original=street.payload,
                 data=picture(10),
                 width=64,
                 height=36,

@@ -14,7 +14,7 @@ from tools.expectations import UNKNOWN, Check, ExpectationError, checks, permits
 from tools.importing.truth import Crossing, Truth
 from tools.judge import Delivery, Sent, Verdict
 from tools.run_file import load
-from tools.scene import PERMITS, REGION_OF_COUNTRY, permitted, policy_values
+from tools.scene import PERMITS, REGION_OF_COUNTRY, agent_values, permitted, policy_values
 from tools.toml_text import toml_text
 from tools.verify import _agent, junit
 
@@ -64,6 +64,7 @@ def test_unknown_place_permits_what_any_place_may_and_a_country_without_a_region
         {"rules": [{"topic": "#", "action": "forward"}]},
         {"rules": [{"action": "refuse"}]},
         {"permit": {"cn": 1}},
+        {"rules": [{"topic": "#", "action": "forward", "class": "x", "fields": {"positions": [{}]}}]},
     ],
     ids=str,
 )
@@ -73,6 +74,19 @@ def test_policy_that_is_none_is_wrong_usage_and_told_before_anything_runs(wrong,
     assert main(["verify", str(BUNDLED), *options]) == 2
     assert "the policy cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_files_that_agent_toml_names_are_found_from_the_folder_of_the_run(tmp_path):
+    (tmp_path / "pseudonym.key").write_bytes(b"sixteen bytes or more")
+    policy = policy_values()
+    next(one for one in policy["rules"] if one["topic"] == "vehicle/telemetry/#")["fields"] = {"pseudonymise": ["/kmh"]}
+    agent = {**agent_values(1), "signing": {"pseudonym_key_file": "pseudonym.key"}}
+    (tmp_path / "policy.toml").write_text(toml_text(policy))
+    (tmp_path / "agent.toml").write_text(toml_text(agent))
+    options = ["--policy", str(tmp_path / "policy.toml"), "--agent", str(tmp_path / "agent.toml"), "--to", "10"]
+    options += ["--without", "vehicle/camera/#", "--offline", "--quiet", "--out", str(tmp_path / "run")]
+    assert main(["verify", str(BUNDLED), *options]) == 0
+    assert any(one.topic.startswith("vehicle/telemetry/") and one.brokers for one in load(tmp_path / "run").events)
 
 
 def test_stretch_says_where_the_car_was_and_else_the_ground_truth_does(tmp_path):

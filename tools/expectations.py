@@ -36,7 +36,8 @@ import numpy as np
 from agent.errors import AgentError
 from agent.topics import matches
 from tools.importing.truth import Truth
-from tools.judge import Delivery, Permits, Sent, Verdict
+from tools.judge import Delivery, FieldsOf, Permits, Sent, Verdict
+from tools.leaves import Fields
 
 UNKNOWN = "?"  # the country of a message that no stretch and no ground truth speaks about
 EXAMPLES = 5
@@ -141,6 +142,19 @@ def permits_of(policy: Mapping[str, Any]) -> Permits:
         return tuple(permit.get(region_of.get(country, ""), {}).get(data_class, ()))
 
     return permitted
+
+
+def fields_of(policy: Mapping[str, Any]) -> FieldsOf:
+    """What the field rules of a policy.toml take out or change, by topic; read without the agent's code.
+
+    Raises ExpectationError for values that are no policy's.
+    """
+    try:
+        rules = [(one["topic"], Fields.of(one["fields"]) if "fields" in one else None) for one in policy["rules"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        message = f"the policy cannot be read: {type(exc).__name__}: {exc}"
+        raise ExpectationError(message) from exc
+    return lambda topic: next((found for pattern, found in rules if matches(pattern, topic)), None)
 
 
 def checks(expected: Expectations, sent: Sequence[Sent], verdict: Verdict) -> Iterator[Check]:

@@ -1,32 +1,42 @@
 """The verdict on a run: what was sent against what the regional brokers received. Values in, values out.
 
 The judge knows from the recording's ground truth where every message was really captured and what is really to be seen
-in its pictures. It asks the agent nothing but its counters.
+in its pictures. It asks the agent nothing but its counters. Of what the records say of themselves, topic and time only
+help to tell equal messages apart; where that does not single one out, all that it may be have to permit what was done.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import UnidentifiedImageError
 
 from tools import pixels
-from tools.schemas import picture_format
-from tools.witness import Seen, WitnessError, opened
+from tools.leaves import Fields, common, digest, leaves, pictures
+from tools.schemas import NANOSECONDS
+from tools.stamps import read_rfc3339
+from tools.witness import Opened, Seen, WitnessError, opened
 
 STATES = ("delivered", "pending", "held", "refused", "expired", "evicted")
 # Of all labelled objects. A detector's recall is measured by `evaluate` on hundreds of pictures and stated in its model
 # card; this floor only tells a run whose pictures were masked from one whose pictures were not.
 REQUIRED_SHARE = 0.75
+NEAR_NS = NANOSECONDS  # a record says when it was captured, or when it arrived: on this machine, much sooner than this
 
 Permits = Callable[[str, str], tuple[str, ...]]
+Identity = tuple[str, str, bytes]  # source, id and a digest of the data: what has all in common came again
+FieldsOf = Callable[[str], Fields | None]  # by topic
+
+
+def no_fields(_topic: str) -> Fields | None:
+    """A policy without field rules."""
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +66,14 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redacted:
-    """One delivered picture beside the one that was sent; `hits` are labelled objects found covered or not."""
+    """One delivered picture beside the one that was sent; `hits` are labelled objects found covered or not.
+
+    `original` is the payload that was sent, or the picture in it. What the record claims stands with its first picture.
+    """
 
     broker: str
     sent: Sent
+    original: bytes
     data: bytes
     width: int
     height: int
@@ -91,87 +105,155 @@ class Verdict:
 
 
 class Judge:
-    """Holds what was sent, and matches publications with it: data by its bytes, pictures by what they show."""
+    """Holds what was sent, and matches publications with it: pictures by what they show, data by what must not change.
 
-    def __init__(self, sent: Sequence[Sent], permits: Permits) -> None:
-        self._permits = permits
+    That is every byte, but where pictures in a document are masked or the policy's field rules change it, its values.
+    """
+
+    def __init__(self, sent: Sequence[Sent], permits: Permits, fields: FieldsOf = no_fields) -> None:
         self._sent = sent
-        self._by_digest = {_digest(one.payload): index for index, one in enumerate(sent)}
-        shown = list(_thumbnails(sent))
-        self._pictures = [index for index, _ in shown]
-        self._thumbnails = np.array([small for _, small in shown], np.int16)
+        self._permits = permits
+        self._fields = fields
+        self._matched: set[int] = set()
+        self._alike: dict[tuple[str, bytes], list[int]] = {}
+        for index, one in enumerate(sent):
+            self._alike.setdefault((one.topic, common(one.payload, fields(one.topic))), []).append(index)
+        for alike in self._alike.values():
+            alike.sort(key=self._captured_ns)
+        self._shown = _thumbnails(sent)
 
     def judge(self, seen: Iterable[Seen]) -> Verdict:
         """Look at every publication once; the counters are judged by `judge_counts`."""
         verdict = Verdict()
-        known: set[tuple[str, str]] = set()
+        known: dict[Identity, int] = {}
+        self._matched.clear()
         for one in seen:
             try:
                 self._look(one, known, verdict)
-            except (WitnessError, UnidentifiedImageError, OSError) as exc:
+            except pixels.UNREADABLE as exc:  # a WitnessError is a ValueError
                 verdict.problems.append(f"{one.broker}: {one.topic}: {exc}")
         verdict.problems += _recall_problems(verdict)
         return verdict
 
-    def _look(self, one: Seen, known: set[tuple[str, str]], verdict: Verdict) -> None:
+    def _look(self, one: Seen, known: dict[Identity, int], verdict: Verdict) -> None:
         record = opened(one)
-        key = (record.attributes.get("source", ""), record.attributes.get("id", ""))
+        key = (record.attributes.get("source", ""), record.attributes.get("id", ""), digest(record.data))
         if key in known:
             verdict.repeated += 1
+            self._placed(one.broker, [known[key]], verdict)
             return
-        known.add(key)
-        is_picture = picture_format(record.data) is not None
-        index = self._picture(record.data) if is_picture else self._by_digest.get(_digest(record.data))
-        if index is None:
-            verdict.problems.append(f"{one.broker}: {one.topic}: data that nobody sent")
+        candidates = self._candidates(record)
+        if not candidates:
+            verdict.problems.append(
+                f"{one.broker}: {one.topic}: data that nobody sent, or in a form that cannot be read"
+            )
             return
+        index = self._placed(one.broker, candidates, verdict)
+        self._matched.add(index)
+        known[key] = index
         sent, tag = self._sent[index], record.attributes.get("dataregion", "")
         verdict.deliveries.append(Delivery(sent=index, broker=one.broker, time_ns=one.time_ns, tag=tag))
         verdict.arrived[sent.country, one.broker] += 1
-        allowed = self._permits(sent.country, sent.topic)
-        if one.broker not in allowed:
+        fields = self._fields(sent.topic)
+        if fields and not fields.are_kept(leaves(record.data) or ()):
             verdict.problems.append(
-                f"{one.broker}: {sent.topic} captured in {sent.country} is permitted for {list(allowed)} only"
+                f"{one.broker}: {sent.topic}: holds what the policy's field rules take out or change"
             )
-        if is_picture:
-            self._inspect(one, sent, record.attributes.get("redaction", ""), record.data, verdict)
+        self._inspect(one.broker, sent, record, verdict)
 
-    def _picture(self, data: bytes) -> int | None:
-        if not self._pictures:
-            return None
-        return self._pictures[pixels.nearest(pixels.thumbnail(data), self._thumbnails)]
+    def _placed(self, broker: str, candidates: Sequence[int], verdict: Verdict) -> int:
+        """Which of the messages that a record may be it is: the first that does not permit the broker, if one is."""
+        for index in candidates:
+            sent = self._sent[index]
+            allowed = self._permits(sent.country, sent.topic)
+            if broker not in allowed:
+                problem = f"{broker}: {sent.topic} captured in {sent.country} is permitted for {list(allowed)} only"
+                others = sorted({self._sent[one].country for one in candidates} - {sent.country})
+                doubt = f"; an equal message was captured in {', '.join(others)}" if others else ""
+                verdict.problems.append(problem + doubt)
+                return index
+        return candidates[0]
 
-    def _inspect(self, one: Seen, sent: Sent, claim: str, data: bytes, verdict: Verdict) -> None:
-        masked = claimed(claim)  # where nothing was, the very bytes that were sent may leave
-        if (masked and _digest(data) in self._by_digest) or not pixels.hides_nothing(data):
-            verdict.problems.append(
-                f"{one.broker}: {sent.topic}: the picture, or something hidden in it, is unredacted"
-            )
-        before, after = pixels.decode(sent.payload), pixels.decode(data)
-        if before.shape != after.shape:
-            verdict.problems.append(f"{one.broker}: {sent.topic}: the picture changed its size")
+    def _candidates(self, record: Opened) -> Sequence[int]:
+        """The messages that a record may be, as few as its topic and time leave; one for each country."""
+        topic, is_picture = record.attributes.get("subject", ""), pixels.picture_format(record.data)
+        alike = (self._looking_alike if is_picture else self._having_alike)(topic, record.data)
+        if len(alike) <= 1:
+            return alike
+        near = self._near(topic, alike, read_rfc3339(record.attributes.get("time", "")))
+        left = near or [index for index in alike if index not in self._matched] or alike
+        return list({self._sent[index].country: index for index in reversed(left)}.values())
+
+    def _near(self, topic: str, alike: Sequence[int], time_ns: int | None) -> list[int]:
+        """Of messages by capture time the one of which a record says its time; all in the step that a rule makes of it.
+
+        What another record was is left out.
+        """
+        if time_ns is None:
+            return []
+        step_ns = fields.step_s * NANOSECONDS if (fields := self._fields(topic)) else 0
+        first = bisect_left(alike, time_ns - NEAR_NS, key=self._captured_ns)
+        last = bisect_right(alike, time_ns + step_ns + NEAR_NS, key=self._captured_ns)
+        near = [index for index in alike[first:last] if index not in self._matched]
+        return near if step_ns else sorted(near, key=lambda index: abs(self._captured_ns(index) - time_ns))[:1]
+
+    def _captured_ns(self, index: int) -> int:
+        return self._sent[index].captured_ns
+
+    def _having_alike(self, topic: str, data: bytes) -> list[int]:
+        return self._alike.get((topic, common(data, self._fields(topic))), [])
+
+    def _looking_alike(self, topic: str, data: bytes) -> list[int]:
+        """The sent picture of a topic that looks most like this one, and those that look the same as that."""
+        if topic not in self._shown:
+            return []
+        indexes, thumbnails = self._shown[topic]
+        best = thumbnails[pixels.nearest(pixels.thumbnail(data), thumbnails)]
+        alike = [indexes[place] for place in np.flatnonzero((thumbnails == best).all(axis=(1, 2)))]
+        return sorted(alike, key=self._captured_ns)
+
+    def _inspect(self, broker: str, sent: Sent, record: Opened, verdict: Verdict) -> None:
+        fields = self._fields(sent.topic)
+        delivered = pictures(record.data, fields)
+        if not delivered:
             return
-        told = [(label, pixels.covered(before, after, (x1, y1, x2, y2))) for label, x1, y1, x2, y2 in sent.objects]
-        hits = tuple((label, hit) for label, hit in told if hit is not None)
-        verdict.pictures.append(
-            Redacted(
-                broker=one.broker,
-                sent=sent,
-                data=data,
-                width=after.shape[1],
-                height=after.shape[0],
-                claimed=masked,
-                hits=hits,
+        masked = claimed(record.attributes.get("redaction", ""))
+        pairs = list(zip(pictures(sent.payload, fields), delivered, strict=True))
+        bare = masked and all(digest(original) == digest(data) for original, data in pairs)
+        if bare or not all(map(pixels.hides_nothing, delivered)):  # where nothing was, the bytes that came may leave
+            verdict.problems.append(f"{broker}: {sent.topic}: the picture, or something hidden in it, is unredacted")
+        for number, (original, data) in enumerate(pairs):
+            before, after = pixels.decode(original), pixels.decode(data)
+            if before.shape != after.shape:
+                verdict.problems.append(f"{broker}: {sent.topic}: the picture changed its size")
+                continue
+            labelled = sent.objects if len(pairs) == 1 else ()
+            told = [(label, pixels.covered(before, after, (x1, y1, x2, y2))) for label, x1, y1, x2, y2 in labelled]
+            verdict.pictures.append(
+                Redacted(
+                    broker=broker,
+                    sent=sent,
+                    original=original,
+                    data=data,
+                    width=after.shape[1],
+                    height=after.shape[0],
+                    claimed={} if number else masked,
+                    hits=tuple((label, hit) for label, hit in told if hit is not None),
+                )
             )
-        )
 
 
-def _thumbnails(sent: Sequence[Sent]) -> Iterator[tuple[int, NDArray[np.int16]]]:
-    """Every sent picture that can be decoded, by its index; the others can only arrive as they are, or not at all."""
+def _thumbnails(sent: Sequence[Sent]) -> dict[str, tuple[list[int], NDArray[np.int16]]]:
+    """By topic, the sent pictures that can be decoded, and their indexes; others can only arrive by mistake."""
+    found: dict[str, list[tuple[int, NDArray[np.int16]]]] = {}
     for index, one in enumerate(sent):
-        if picture_format(one.payload):
-            with contextlib.suppress(UnidentifiedImageError, OSError, ValueError, SyntaxError):
-                yield index, pixels.thumbnail(one.payload)
+        if pixels.picture_format(one.payload):
+            with contextlib.suppress(*pixels.UNREADABLE):
+                found.setdefault(one.topic, []).append((index, pixels.thumbnail(one.payload)))
+    return {
+        topic: ([index for index, _ in shown], np.array([small for _, small in shown]))
+        for topic, shown in found.items()
+    }
 
 
 def claimed(summary: str) -> dict[str, int]:
@@ -208,7 +290,3 @@ def _recall_problems(verdict: Verdict) -> list[str]:
     if hits < REQUIRED_SHARE * total:
         problems.append(f"only {hits} of {total} labelled objects are covered in the delivered pictures")
     return problems
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -104,7 +104,7 @@ def save(folder: Path, run: RunFile, verdict: Verdict) -> None:
     pictures = folder / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
     for kept, picture in zip(run.pictures, verdict.pictures, strict=True):
-        (pictures / kept.before).write_bytes(picture.sent.payload)
+        (pictures / kept.before).write_bytes(picture.original)
         (pictures / kept.after).write_bytes(picture.data)
     write_whole(folder / RUN_FILE, msgspec.json.encode(run))
 
@@ -149,15 +149,21 @@ def _event(one: Sent, deliveries: Sequence[Delivery], start_ns: int) -> Event:
 
 
 def _track(recording: Path, sent: Sequence[Sent], start_ns: int) -> tuple[tuple[float, float, float], ...]:
-    """The positions in the recording between the first and the last message that was sent."""
+    """The positions in the recording between the first and the last message that was sent; a gap in them is none."""
     end_ns = max((one.recorded_ns for one in sent), default=0)
     found = []
     for message in messages(recording):
         members = json_object(message.payload) if message.payload[:1] == b"{" else None
-        if members and start_ns <= message.capture_ns <= end_ns and LATITUDE in members and LONGITUDE in members:
-            second = round((message.capture_ns - start_ns) / NANOSECONDS, 3)
-            found.append((second, float(members[LATITUDE]), float(members[LONGITUDE])))
+        if not members or not start_ns <= message.capture_ns <= end_ns:
+            continue
+        latitude, longitude = members.get(LATITUDE), members.get(LONGITUDE)
+        if _is_number(latitude) and _is_number(longitude):
+            found.append((round((message.capture_ns - start_ns) / NANOSECONDS, 3), float(latitude), float(longitude)))
     return tuple(found)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _pictures(verdict: Verdict, start_ns: int) -> tuple[Picture, ...]:

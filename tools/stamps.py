@@ -46,6 +46,15 @@ def rfc3339(time_ns: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"
 
 
+def read_rfc3339(text: str) -> int | None:
+    """Read RFC 3339 as a Unix time in nanoseconds, to the microsecond; None where it is none or has no zone."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return None if moment.tzinfo is None else round(moment.timestamp() * 1_000_000) * 1000
+
+
 def _payload(payload: bytes, capture_ns: int, keys: tuple[str, ...]) -> bytes:
     members = json_object(payload) if payload[:1] == b"{" else None
     found = [key for key in keys if members and key in members]
@@ -71,11 +80,7 @@ def _text(original: str, capture_ns: int) -> str:
 
 def _read(value: object) -> int | None:
     if isinstance(value, str):
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            return None
-        return None if moment.tzinfo is None else round(moment.timestamp() * 1_000_000) * 1000
+        return read_rfc3339(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_TIME:
         return None
     return round(value * (NANOSECONDS // _per_second(value)))

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from tools.expectations import Check, Expectations, checks, permits_of
+from tools.expectations import Check, Expectations, checks, fields_of, permits_of
 from tools.importing.truth import ATTACHMENT, Labelled, Truth
 from tools.judge import Judge, Sent, Verdict, judge_counts
 from tools.recording import Recorded, contents, messages
@@ -69,7 +69,7 @@ async def judged(setting: Setting, expected: Expectations, conduct: Conduct) -> 
 
 
 def _judge(sent: list[Sent], trial: Trial, setting: Setting) -> Verdict:
-    verdict = Judge(sent, permits_of(setting.policy)).judge(trial.seen)
+    verdict = Judge(sent, permits_of(setting.policy), fields_of(setting.policy)).judge(trial.seen)
     verdict.problems += judge_counts(trial.status["counts"], sent=len(sent), delivered=sum(verdict.arrived.values()))
     verdict.problems += [] if trial.audit_intact else [f"audit: {trial.audit}"]
     return verdict

@@ -16,7 +16,7 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from rich.table import Table
 
 from agent.errors import AgentError
 from tools import archive, archive_page, archive_results, offline
-from tools.expectations import Check, ExpectationError, Expectations, permits_of, read_expectations
+from tools.expectations import Check, ExpectationError, Expectations, fields_of, permits_of, read_expectations
 from tools.run_file import keep
 from tools.scene import agent_values
 from tools.schedule import Options
@@ -40,6 +40,8 @@ from tools.whole_files import write_whole
 
 MOST_MPS = 1000.0  # the fastest car that the agent's configuration takes
 CAR_MPS = 70.0  # the agent's own default of motion.max_speed_mps
+PATHS_OF_A_POLICY = (("borders", "geojson"),)  # tables and keys that name a file
+PATHS_OF_AN_AGENT = (("signing", "key_file"), ("signing", "pseudonym_key_file"), ("model", "manifest"))
 SHOWN = 20  # recordings that did not pass; the table has them all
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # XML 1.0, 2.2: no characters
 FAILED_STATUS, USAGE_STATUS, TROUBLE_STATUS = 1, 2, 3
@@ -134,13 +136,14 @@ def junit(name: str, done: Sequence[Check], seconds: float) -> bytes:
 
 def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
     """Raises ExpectationError, OSError or TOMLDecodeError for what cannot be meant."""
-    policy = _read(arguments.policy, {"borders": "geojson"})
-    given = _read(arguments.agent, {"signing": "key_file", "model": "manifest"}) if arguments.agent else agent_values(1)
+    policy = _read(arguments.policy, PATHS_OF_A_POLICY)
+    given = _read(arguments.agent, PATHS_OF_AN_AGENT) if arguments.agent else agent_values(1)
     missing = [key for key in ("version", "regions", "endpoints", "permit", "rules") if key not in policy]
     if missing or arguments.speed <= 0:
         message = f"{arguments.policy}: no {missing[0]}" if missing else "--speed: wanted more than 0"
         raise ExpectationError(message)
-    permits_of(policy)  # told now rather than after the run, which reads it for its verdict
+    permits_of(policy)  # told now rather than after the run, which reads both for its verdict
+    fields_of(policy)
     speed = 1.0 if arguments.offline or arguments.archive else arguments.speed
     return Setting(
         agent=_agent(given, speed, arguments.manifest),
@@ -159,10 +162,10 @@ def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
     )
 
 
-def _read(path: Path, names: Mapping[str, str]) -> dict[str, Any]:
+def _read(path: Path, names: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Read a TOML file; file names in it, by table and key, become absolute: the run has a folder of its own."""
     values = tomllib.loads(path.read_text(encoding="utf-8"))
-    for table, key in names.items():
+    for table, key in names:
         if values.get(table, {}).get(key):
             values[table][key] = str(path.absolute().parent / values[table][key])
     return values

@@ -17,7 +17,7 @@ class Crossing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Labelled(msgspec.Struct, frozen=True, kw_only=True):
-    """The objects of one picture, labelled by hand: label and half-open box x1, y1, x2, y2 in its pixels."""
+    """The objects of one picture, labelled by hand: label and half-open box x1, y1, x2, y2, upright pixels."""
 
     topic: str
     capture_ns: int
