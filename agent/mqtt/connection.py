@@ -230,7 +230,7 @@ class Connection:
 
     def _on_incoming(self, message: Incoming) -> None:
         self._transport.packets += 1
-        properties, gauge, now_ns = message.properties, self._transport.gauge, boot_ns()
+        gauge, now_ns = self._transport.gauge, boot_ns()
         delivery = Delivery(
             connection=self.number,
             topic=message.topic.decode("utf-8", "backslashreplace"),
@@ -239,8 +239,9 @@ class Connection:
             qos=message.qos,
             dup=message.dup,
             retain=message.retain,
-            content_type=getattr(properties, "ContentType", None),
-            properties=tuple(getattr(properties, "UserProperty", ())),
+            content_type=message.content_type,
+            properties=message.properties,
+            malformed=message.malformed,
             received_ns=time.time_ns(),
             monotonic_ns=now_ns,
             unseen_ns=gauge.unseen_ns(now_ns) if gauge is not None else 0,
