@@ -151,6 +151,14 @@ class Connection:
         self._transport.unsent += size
         return future
 
+    async def slot(self) -> None:
+        """Return once the peer's Receive Maximum leaves room for a publish, or the connection has ended.
+
+        Cancelling is safe.
+        """
+        while len(self._pubacks) >= self.receive_maximum:
+            await asyncio.wait([*self._pubacks.values()], return_when=asyncio.FIRST_COMPLETED)
+
     @property
     def unsent(self) -> int:
         """Bytes of publishes that wait for the socket."""
