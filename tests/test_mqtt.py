@@ -42,6 +42,15 @@ async def publish(broker, topic, payloads, **changes):
     return pubacks
 
 
+async def test_keep_alive_that_the_broker_asks_for_goes_before_ours(endpoint, patience):
+    endpoint.connack_properties = {"server_keep_alive": 1}
+    async with asyncio.timeout(patience):
+        connection = await opened(endpoint, keepalive_s=3600)
+        await connection.publish(Outgoing(topic="car/a", payload=bytes(200)))
+        await endpoint.until(lambda: endpoint.session.pings)
+        connection.close()
+
+
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 async def test_published_bytes_arrive_in_order(broker, patience, protocol):
     async with asyncio.timeout(patience):

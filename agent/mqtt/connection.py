@@ -213,7 +213,7 @@ class Connection:
     async def _misc_loop(self) -> None:
         while True:
             await asyncio.sleep(MISC_SECONDS)
-            if not self._transport.keep_alive(self._session.keepalive_s):
+            if not self._transport.keep_alive():
                 self._finish("no answer within the keep alive")
                 return
 
