@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, SUBACK, PINGREQ, PINGRESP, DISCONNECT = 1, 2, 3, 4, 8, 9, 12, 13, 14
-RECEIVE_MAXIMUM, MAXIMUM_PACKET, SERVER_REFERENCE, MAXIMUM_QOS = 0x21, 0x27, 0x1C, 0x24
-SIZES = {0x01: 1, 0x02: 4, 0x11: 4, 0x21: 2, 0x22: 2, 0x23: 2, 0x24: 1, 0x27: 4}
+RECEIVE_MAXIMUM, MAXIMUM_PACKET, SERVER_REFERENCE, MAXIMUM_QOS, SERVER_KEEP_ALIVE = 0x21, 0x27, 0x1C, 0x24, 0x13
+SIZES = {0x01: 1, 0x02: 4, 0x11: 4, 0x13: 2, 0x21: 2, 0x22: 2, 0x23: 2, 0x24: 1, 0x27: 4}
 TEXTS = (0x03, 0x08, 0x1C)
 
 
@@ -32,7 +32,7 @@ def text(value):
 
 
 def properties(**values):
-    """Named by what this module knows: receive_maximum, maximum_packet, server_reference, maximum_qos."""
+    """Named by the constants above, in small letters: receive_maximum, server_reference and so on."""
     packed = b""
     for name, value in values.items():
         number = globals()[name.upper()]

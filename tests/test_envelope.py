@@ -314,6 +314,7 @@ def test_attributes_of_a_later_version_are_kept_and_stay_signed():
         {"subject": ""},
         {"subject": "x" * 8193},
         {"subject": "\ud800"},
+        {"subject": "vehicle/\ufeffspeed"},
         {"id": "\x7f"},
         {"type": "\ufffe"},
         {"time_ns": -1},

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from endpoints import record
-from fake_broker import fake_broker
+from fake_broker import PUBLISH, fake_broker, packet, text
 from ledger_samples import in_memory
 
 from agent.board import Board
@@ -281,15 +281,15 @@ async def until(condition):
 
 @asynccontextmanager
 async def sender(broker, protocol="5"):
-    """`await publish(payload)`: QoS 1, returns with the PUBACK."""
+    """`await publish(payload, **fields)`: QoS 1, returns with the PUBACK."""
     from agent.mqtt.connection import Connection  # noqa: PLC0415
     from agent.mqtt.packets import Outgoing  # noqa: PLC0415
 
     connection = Connection(Session(host=broker.host, port=broker.port, client_id="sender", protocol=protocol))
     await connection.open()
 
-    async def publish(payload):
-        assert (await connection.publish(Outgoing(topic=TOPIC, payload=payload))).accepted
+    async def publish(payload, **fields):
+        assert (await connection.publish(Outgoing(topic=TOPIC, payload=payload, **fields))).accepted
 
     try:
         yield publish
@@ -346,6 +346,32 @@ async def test_nonsense_from_the_broker_costs_at_most_its_connection(broker, pat
         broker.session.deliver(TOPIC, b"fine", mid=1)
         await broker.until(lambda: committer.ledger.counts().received == 1)
     assert [row for row in caplog.records if row.name == "asyncio" and row.levelname == "ERROR"] == []
+
+
+async def test_properties_that_paho_refuses_do_not_hold_up_what_comes_behind_them(patience):
+    async with asyncio.timeout(patience), mosquitto() as real, taking(real.port) as (made, line, _):
+        await until(lambda: made.connected)
+        async with sender(real) as publish:
+            await publish(b"one")
+            await publish(b"two", properties=[("\ufeffunit", "\ufeffkm/h")])
+            await publish(b"three")
+        await until(lambda: len(line.seen) == 3)
+    assert [(message.payload, message.properties) for message in line.seen] == [
+        (b"one", ()),
+        (b"two", (("\ufeffunit", "\ufeffkm/h"),)),
+        (b"three", ()),
+    ]
+
+
+async def test_properties_that_make_no_sense_are_a_refusal_with_a_puback(broker, patience):
+    async with asyncio.timeout(patience), taking(broker.port) as (made, line, committer):
+        session = await subscribed(broker)
+        made._inward.fixes.offer = line.seen.append
+        session.send(packet(PUBLISH, text(TOPIC) + b"\0\x01\x09\x26\0\xffbroken", flags=2))
+        await broker.until(lambda: own_acks(broker) == [1])
+        assert committer.ledger.counts().breakdown["refused"]["reason"] == {"message.malformed": 1}
+        assert line.seen == []
+        assert len(broker.sessions) == 1
 
 
 async def test_damaged_ledger_ends_the_agent_instead_of_refusing_the_broker_for_ever(broker, patience, monkeypatch):

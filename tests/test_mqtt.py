@@ -4,11 +4,15 @@ import socket
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.exception import MQTTException
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from agent.errors import EndpointError
-from agent.mqtt.client import SEND_BYTES, new_client
+from agent.mqtt.client import SEND_BYTES, Incoming, _incoming, new_client
 from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Outgoing, Session
 from agent.mqtt.sockets import Gauge
@@ -36,6 +40,15 @@ async def publish(broker, topic, payloads, **changes):
     )
     sender.close()
     return pubacks
+
+
+async def test_keep_alive_that_the_broker_asks_for_goes_before_ours(endpoint, patience):
+    endpoint.connack_properties = {"server_keep_alive": 1}
+    async with asyncio.timeout(patience):
+        connection = await opened(endpoint, keepalive_s=3600)
+        await connection.publish(Outgoing(topic="car/a", payload=bytes(200)))
+        await endpoint.until(lambda: endpoint.session.pings)
+        connection.close()
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
@@ -217,7 +230,6 @@ def test_client_takes_packets_one_at_a_time_however_they_come(pair, step):
         b"\x40\3\0\1\x55",  # no such reason code
         b"\x32\2\0\x09",  # a topic that is longer than the packet
         b"\x32\6\0\1t\0\0\0",  # packet identifier 0
-        b"\x32\5\0\1t\0\7",  # no properties
         b"\x36\6\0\1t\0\7\0",  # QoS 3
         b"\x30\xff\xff\xff\xff\1",  # a length of five bytes
     ],
@@ -228,6 +240,52 @@ def test_packet_that_makes_no_sense_is_an_error(pair, packet):
     select.select([client._sock], [], [])
     with pytest.raises((ValueError, MQTTException)):  # the transport ends the connection whatever is raised
         client._packet_read()
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
+
+
+@given(user=st.lists(st.tuples(TEXT, TEXT), max_size=4), content_type=st.none() | TEXT, payload=st.binary(max_size=300))
+def test_every_property_that_mqtt_allows_is_read_past(user, content_type, payload):
+    packed = Properties(PacketTypes.PUBLISH)
+    packed.PayloadFormatIndicator, packed.MessageExpiryInterval, packed.TopicAlias = 1, 2**32 - 1, 9
+    packed.ResponseTopic, packed.CorrelationData, packed.SubscriptionIdentifier = "reply/\ufeff", b"\x26\0\1", [300]
+    packed.UserProperty = user
+    if content_type is not None:
+        packed.ContentType = content_type
+    found = _incoming(0x32, b"\0\1t\0\7" + packed.pack() + payload, has_properties=True)
+    assert found == Incoming(b"t", payload, 7, 1, False, False, content_type, tuple(user))
+
+
+NONSENSE = [
+    b"",  # no length
+    b"\xff\xff\xff\xff\1",  # a length of five bytes
+    b"\x05\x26\0\1a",  # longer than the packet
+    b"\x04\x26\0\1a",  # a name without a value
+    b"\x02\x02\0",  # half an expiry interval
+    b"\x06\x26\0\xffa\0\0more",  # a text that is longer than the properties
+    b"\x02\x0b\x80",  # half a subscription identifier
+    b"\x03\x21\0\1",  # Receive Maximum
+    b"\x06\x03\0\0\x03\0\0",  # two Content Types
+]
+
+
+@pytest.mark.parametrize("rest", NONSENSE)
+def test_properties_that_make_no_sense_are_told_and_raise_nothing(rest):
+    found = _incoming(0x32, b"\0\1t\0\7" + rest, has_properties=True)
+    assert found == Incoming(b"t", rest, 7, 1, False, False, None, (), malformed=True)
+
+
+@given(st.binary(max_size=100))
+def test_no_bytes_after_the_packet_identifier_raise(rest):
+    found = _incoming(0x32, b"\0\1t\0\7" + rest, has_properties=True)
+    assert (found.topic, found.mid) == (b"t", 7)
+    assert rest.endswith(found.payload)
+
+
+def test_text_that_is_no_utf8_is_escaped():
+    found = _incoming(0x32, b"\0\1t\0\7\x09\x26\0\1a\0\3\xed\xa0\x80", has_properties=True)
+    assert found.properties == (("a", "\\xed\\xa0\\x80"),)
 
 
 def test_packet_identifier_of_a_publish_without_puback_is_not_used_again(pair):

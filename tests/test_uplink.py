@@ -8,9 +8,11 @@ from fake_broker import fake_broker, silent
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.errors import LedgerStalledError
 from agent.messages import Priority
 from agent.mqtt import backoff
 from agent.mqtt import connection as mqtt
+from agent.uplink import settling
 from agent.uplink.patience import Patience
 from agent.uplink.shares import SHARE, Shares
 
@@ -592,3 +594,23 @@ def test_rate_limit_is_kept_over_any_time(rate, sizes):
         shares.backlog_sent(size)
         sent += size
         assert sent <= rate * (now + 1) + 50_000 + 1
+
+
+async def test_uplink_that_is_stopped_does_not_wait_for_a_disk_that_takes_nothing(endpoint, patience, monkeypatch):
+    monkeypatch.setattr(settling, "FINISH_SECONDS", 0.1)
+
+    def stalled(_entries):
+        raise LedgerStalledError("read-only file system")
+
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, company_s=0.0) as it:
+        await it.store([1])
+        with monkeypatch.context() as patch:
+            patch.setattr(it.committer.ledger, "commit", stalled)
+            it.start()
+            await it.until(lambda: it.committer.stalled)
+            started = time.monotonic()
+            await it.stop()
+            assert time.monotonic() - started < patience / 2
+            assert it.board.claimed == {"id-1"}, "another uplink would send it again"
+        await it.until(lambda: it.counts.delivered == 1)
+        assert numbers(endpoint) == [1]

@@ -247,23 +247,28 @@ class Intake:
     async def _handle(self, delivery: Delivery, wait_ns: int) -> None:
         """Return when the message is durable, refused on record, or known already; raises LedgerError."""
         message = _message(delivery, wait_ns)
-        self._inward.fixes.offer(message)
+        if not delivery.malformed:
+            self._inward.fixes.offer(message)
         if not any(topics.matches(topic_filter, message.topic) for topic_filter in self._options.outgoing):
             return
         key = self._key(delivery)
         if delivery.dup and key is not None and self._inward.committer.ledger.recorded(key):
             return
         async with self._inward.line.turns.deciding():
-            entry = await self._committed(message, key)
+            entry = await self._committed(message, key, malformed=delivery.malformed)
         self.durable.observe((boot_ns() - message.monotonic_ns) / SECOND)
         if isinstance(entry, Store):
             self._inward.board.wake(entry.record.route)
             if entry.record.state is State.HELD:
                 self._inward.fixes.arrived.set()  # a fix may have come between the decision and the commit
 
-    async def _committed(self, message: Message, key: IntakeKey | None) -> Store | Refused:
+    async def _committed(self, message: Message, key: IntakeKey | None, *, malformed: bool) -> Store | Refused:
         """What has become of the message, durable."""
-        entry = await self._inward.line.entry(message, key)
+        entry: Store | Refused
+        if malformed:
+            entry = Refused(reason="message.malformed", time_ns=time.time_ns(), intake=key)
+        else:
+            entry = await self._inward.line.entry(message, key)
         try:
             await self._inward.committer.submit(entry)
         except LedgerEntryError:

@@ -151,6 +151,14 @@ class Connection:
         self._transport.unsent += size
         return future
 
+    async def slot(self) -> None:
+        """Return once the peer's Receive Maximum leaves room for a publish, or the connection has ended.
+
+        Cancelling is safe.
+        """
+        while len(self._pubacks) >= self.receive_maximum:
+            await asyncio.wait([*self._pubacks.values()], return_when=asyncio.FIRST_COMPLETED)
+
     @property
     def unsent(self) -> int:
         """Bytes of publishes that wait for the socket."""
@@ -205,7 +213,7 @@ class Connection:
     async def _misc_loop(self) -> None:
         while True:
             await asyncio.sleep(MISC_SECONDS)
-            if not self._transport.keep_alive(self._session.keepalive_s):
+            if not self._transport.keep_alive():
                 self._finish("no answer within the keep alive")
                 return
 
@@ -230,7 +238,7 @@ class Connection:
 
     def _on_incoming(self, message: Incoming) -> None:
         self._transport.packets += 1
-        properties, gauge, now_ns = message.properties, self._transport.gauge, boot_ns()
+        gauge, now_ns = self._transport.gauge, boot_ns()
         delivery = Delivery(
             connection=self.number,
             topic=message.topic.decode("utf-8", "backslashreplace"),
@@ -239,8 +247,9 @@ class Connection:
             qos=message.qos,
             dup=message.dup,
             retain=message.retain,
-            content_type=getattr(properties, "ContentType", None),
-            properties=tuple(getattr(properties, "UserProperty", ())),
+            content_type=message.content_type,
+            properties=message.properties,
+            malformed=message.malformed,
             received_ns=time.time_ns(),
             monotonic_ns=now_ns,
             unseen_ns=gauge.unseen_ns(now_ns) if gauge is not None else 0,

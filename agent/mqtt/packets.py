@@ -45,6 +45,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """One PUBLISH from a broker, not yet acknowledged; `connection` tells which connection delivered it.
 
     It may have lain in the socket for `unseen_ns` before it was read; 0 unless the process stood still.
+    `malformed`: its properties make no sense, so its payload, which begins with them, makes none either.
     """
 
     connection: int
@@ -59,6 +60,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     received_ns: int
     monotonic_ns: int
     unseen_ns: int = 0
+    malformed: bool = False
 
     def property(self, name: str) -> str | None:
         """The first user property of this name."""

@@ -63,12 +63,15 @@ class Transport:
         client.on_socket_register_write = self._on_register_write
         client.on_socket_unregister_write = self._on_unregister_write
 
-    def keep_alive(self, keepalive_s: float) -> bool:
-        """To be called every second: paho's keep alive; False where the peer did not answer in time."""
+    def keep_alive(self) -> bool:
+        """To be called every second: paho's keep alive; False where the peer did not answer in time.
+
+        The peer's Server Keep Alive, which paho takes over, goes before ours (MQTT 5.0, 3.2.2.3.14).
+        """
         if self.gauge is not None:
             self.gauge.look_out()
             self._look_in()
-            if self.gauge.moved_within(keepalive_s):
+            if self.gauge.moved_within(self._client.keepalive):
                 return True  # a PINGREQ would wait behind the bytes that are under way, and be missed
         return self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS
 

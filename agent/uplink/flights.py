@@ -11,7 +11,10 @@ from agent.mqtt.packets import Puback
 
 
 class Flight(msgspec.Struct, frozen=True, kw_only=True):
-    """A PUBLISH under way: its records, and the bytes of the connection at which the peer's TCP has all of it."""
+    """A PUBLISH under way: its records, none where it tells of the vehicle's presence.
+
+    `goal`: the bytes of the connection at which the peer's TCP has all of it.
+    """
 
     records: tuple[Record, ...]
     goal: int

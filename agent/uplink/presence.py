@@ -47,34 +47,41 @@ class Presence:
         death = presence.death(self._session, now_ns, "lost")
         return Will(topic=death.topic, payload=death.payload)
 
-    def born(self, connection: Connection, now_ns: int) -> None:
-        """Say that we are connected."""
+    def born(self, connection: Connection, now_ns: int) -> asyncio.Future[Puback]:
+        """Say that we are connected; the PUBACK."""
         options = self._options
         birth = presence.birth(
             self._session, now_ns, version=__version__, policy_version=self._policy_version, keyid=options.keyid
         )
-        _say(connection, birth)
+        return _say(connection, birth)
 
-    def tell(self, connection: Connection, now_ns: int, monotonic_s: float) -> None:
-        """Say the counts, at most once in STATUS_SECONDS."""
-        if monotonic_s < self._due:
-            return
+    def due(self, monotonic_s: float) -> bool:
+        """Whether the counts should be said now: once in STATUS_SECONDS."""
+        return monotonic_s >= self._due
+
+    def tell(self, connection: Connection, now_ns: int, monotonic_s: float) -> asyncio.Future[Puback]:
+        """Say the counts; the PUBACK."""
         self._due = monotonic_s + STATUS_SECONDS
         self._number += 1
         counts = self._counts()
         totals = {state: getattr(counts, state) for state in STATES}
-        _say(connection, presence.status(self._session, now_ns, self._number, totals))
+        return _say(connection, presence.status(self._session, now_ns, self._number, totals))
 
-    async def dead(self, connection: Connection, now_ns: int, reason: Literal["stopped"] = "stopped") -> None:
-        """Say that we go in good order; the DISCONNECT that follows takes the Last Will back.
+    async def dead(self, connection: Connection, now_ns: int, reason: Literal["stopped"] = "stopped") -> bool:
+        """Say that we go in good order; the DISCONNECT that should follow takes the Last Will back.
 
         Returns once the broker has answered, GOODBYE_SECONDS later at most. A broker that still has PUBACKs to write
         when the connection closes may fail at that before it reads the DISCONNECT, and publish the Last Will as well.
+        False: the broker's Receive Maximum left no room to say it, so the Last Will should speak.
         """
-        puback = _say(connection, presence.death(self._session, now_ns, reason))
+        said = False
         with contextlib.suppress(EndpointError, TimeoutError):
             async with asyncio.timeout(GOODBYE_SECONDS):
+                await connection.slot()
+                puback = _say(connection, presence.death(self._session, now_ns, reason))
+                said = True
                 await puback
+        return said
 
 
 def _say(connection: Connection, message: Announcement) -> asyncio.Future[Puback]:

@@ -16,6 +16,7 @@ from agent.mqtt.packets import Puback
 from agent.store.committer import Committer
 from agent.store.entries import Delivered, Ending, Rejected
 
+FINISH_SECONDS = 2.0  # for which the disk is waited for when a connection ends
 # MQTT 5.0, 3.4.2.1: Unspecified, Implementation specific, Not authorized, Packet identifier in use, Quota exceeded.
 # An access list can be mended; a record that was thrown away because of it cannot.
 RETRY_LATER = frozenset({0x80, 0x83, 0x87, 0x91, 0x97})
@@ -49,10 +50,15 @@ class Settling:
         self._answers.append((record, answer))
 
     async def finish(self) -> None:
-        """Return when all that was said is durable, or failed; it waits for no company."""
+        """Return when all that was said is durable, or failed, FINISH_SECONDS later at most; it waits for no company.
+
+        What a disk that stalls has not taken by then is still on its way, and its records stay claimed. Where the agent
+        ends before it is durable, they are sent again: at least once. Cancelling is safe.
+        """
         self._begin()
         with self._committer.hurried():
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=FINISH_SECONDS)
 
     def _begin(self) -> None:
         if self._answers:

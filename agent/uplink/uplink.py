@@ -3,7 +3,8 @@
 Invariants:
 - A record is published only through an `Outlet`, which takes nothing but what `Policy.clear` made the moment before.
 - A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again.
-- At most the endpoint's window is in flight, in PUBLISHes and in bytes; no record is in flight at two endpoints.
+- At most the endpoint's window is in flight, in PUBLISHes and in bytes; no record is in flight at two endpoints. What
+  is said of the vehicle's presence counts: an endpoint may hang up on one PUBLISH above its Receive Maximum.
 - Urgent records go first; then live ones, with a share for the backlog, so that both always move (`shares`).
 - Several records go in one PUBLISH only where the endpoint asks for it (`parcels`); each is cleared, settled and
   counted by itself, and none is refused because of another one's fault.
@@ -172,12 +173,11 @@ class Uplink:
         try:
             self._up()
             if presence is not None:
-                presence.born(connection, time.time_ns())
+                self._fly(connection, presence.born(connection, time.time_ns()))
             await self._pump_loop(connection, presence)
         except (asyncio.CancelledError, _RenewalError):
-            if presence is not None:
-                await presence.dead(connection, time.time_ns())
-            connection.close()
+            if presence is None or await presence.dead(connection, time.time_ns()):
+                connection.close()
             raise
         except AgentError as exc:
             reason = str(exc)
@@ -196,7 +196,7 @@ class Uplink:
     def _release(self) -> None:
         """What is ready, or still in flight on a lost connection, is pending again."""
         self._board.claimed.difference_update(record.id for record in self._loading.ready.clear())
-        publishes = [[record.id for record in records] for records in self._flights.clear()]
+        publishes = [[record.id for record in records] for records in self._flights.clear() if records]
         self._patience.lost(publishes, time.monotonic())
         records = [*itertools.chain.from_iterable(publishes)]
         self._board.claimed.difference_update(records)
@@ -228,14 +228,22 @@ class Uplink:
                 if not ready or not self._may_send(connection):
                     await self._wait(shares)
                 if presence is not None:
-                    presence.tell(connection, time.time_ns(), time.monotonic())
+                    self._tell(connection, presence)
                 self._check(connection)
         finally:
             supply.give_back()
         raise EndpointError(connection.closed.result())
 
+    def _tell(self, connection: Connection, presence: Presence) -> None:
+        """Say the counts where they are due and there is room, even while no record may be sent."""
+        if presence.due(time.monotonic()) and len(self._flights) < self._largest(connection):
+            self._fly(connection, presence.tell(connection, time.time_ns(), time.monotonic()))
+
+    def _largest(self, connection: Connection) -> int:
+        return min(self.options.in_flight, connection.receive_maximum)
+
     def _window(self, connection: Connection) -> int:
-        return self._patience.window(min(self.options.in_flight, connection.receive_maximum), time.monotonic())
+        return self._patience.window(self._largest(connection), time.monotonic())
 
     def _may_send(self, connection: Connection) -> bool:
         if (
@@ -282,6 +290,9 @@ class Uplink:
                 await self._recall.withdraw(records[0], "envelope.unusable")
             return
         self.resent += sum(self._board.is_resent(record.id) for record in records)
+        self._fly(connection, future, records)
+
+    def _fly(self, connection: Connection, future: asyncio.Future[Puback], records: tuple[Record, ...] = ()) -> None:
         self._flights.add(future, Flight(records=records, goal=connection.goal()), time.monotonic())
         self._idle.clear()
         future.add_done_callback(self._on_puback)
@@ -295,6 +306,8 @@ class Uplink:
         if not self._flights:
             self._idle.set()
         self._wake.set()
+        if not records:
+            return  # what was said of our presence: it tells nothing of how records fare
         if len(records) > 1 and not puback.accepted and puback.code not in RETRY_LATER:
             log.warning("uplink.batch-rejected", extra={"endpoint": self.options.name, "code": puback.code})
             self._loading.part(records)

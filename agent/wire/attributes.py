@@ -24,8 +24,9 @@ MAX_SEQUENCE = 2**63 - 1  # 19 digits, SQLite's largest integer
 MAX_TIME_NS = 253_402_300_800 * 10**9  # the year 10000, which RFC 3339 cannot write
 
 NAME = re.compile(r"[a-z0-9]{1,20}")  # CloudEvents 1.0, attribute naming
-# CloudEvents 1.0, type String: no control characters, surrogates or noncharacters.
-_BAD_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+# CloudEvents 1.0, type String: no control characters, surrogates or noncharacters. U+FEFF: paho drops the connection
+# over a user property that holds one, and the broker sends it again and again.
+_BAD_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufeff\ufffe\uffff]")
 _REGION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{9})Z", re.ASCII)
 _SEQUENCE = re.compile(r"\d{19}", re.ASCII)
@@ -186,7 +187,7 @@ def _check_each(found: Mapping[str, str]) -> None:
         if not NAME.fullmatch(name):
             _refuse(f"{name!r} is not the name of a CloudEvents attribute")
         if not text or _BAD_TEXT.search(text):
-            _refuse(f"{name}: empty, or holds characters that CloudEvents forbids")
+            _refuse(f"{name}: empty, or holds characters that CloudEvents or paho refuse")
         if len(text.encode()) > MAX_VALUE_BYTES:
             _refuse(f"{name}: longer than {MAX_VALUE_BYTES} bytes")
 
