@@ -27,11 +27,11 @@ from tools.evaluation.contest import (
     LOWEST,
     Contestant,
     Outcome,
+    chosen_thresholds,
     facts_of,
     judged,
     outcome,
     side_by_side,
-    thresholds_of,
 )
 from tools.evaluation.judgement import Judgement
 from tools.evaluation.latency import medians, passes, timed
@@ -39,6 +39,9 @@ from tools.evaluation.readers import read_folder
 from tools.evaluation.report import class_table, contest_table, loss_table, misses, printed, size_table
 from tools.evaluation.truths import Labelled, from_entry
 from tools.training.dataset import CLASSES, difference_hash, read_entries, split
+from tools.whole_files import write_whole
+
+RECORDED = ("smallest", "detection", "false", "recall", "average_precision", "curve")  # of a class, in a manifest
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -71,8 +74,10 @@ def run(args: argparse.Namespace) -> int:
     outcomes = {item.name: measured(item, pictures) for item in contestants}
     names = [item.name for item in contestants[: len(args.manifest)]]
     if args.choose and names:
-        thresholds = thresholds_of(replace(contestants[0], thresholds={}), outcomes[names[0]])
-        contestants = [replace(item, thresholds=thresholds) if item.name in names else item for item in contestants]
+        own = chosen_thresholds(contestants[0], outcomes[names[0]])
+        contestants = [
+            replace(item, thresholds={**item.thresholds, **own}) if item.name in names else item for item in contestants
+        ]
     result: dict[str, Any] = {
         "detectors": {item.name: facts_of(item, outcomes[item.name]) for item in contestants},
         "side_by_side": _contest(contestants, outcomes),
@@ -125,14 +130,16 @@ def _write(
 
 
 def record(manifest: Path, facts: dict[str, object]) -> None:
-    """Write thresholds, and the figures and curves that they came from, into a manifest."""
+    """Write thresholds, and the figures and curves that they came from, into a manifest.
+
+    Classes of which no object was counted keep what the manifest says of them.
+    """
     content = json.loads(manifest.read_bytes())
-    content["thresholds"] = {label: part["threshold"] for label, part in _classes(facts).items()}
-    content["measured"] = {
-        label: {key: part[key] for key in ("smallest", "detection", "false", "recall", "average_precision", "curve")}
-        for label, part in _classes(facts).items()
-    }
-    manifest.write_text(json.dumps(content, indent=2) + "\n")
+    for label, part in _classes(facts).items():
+        if part["detection"]["total"]:
+            content.setdefault("thresholds", {})[label] = part["threshold"]
+            content.setdefault("measured", {})[label] = {key: part[key] for key in RECORDED}
+    write_whole(manifest, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _classes(facts: dict[str, object]) -> dict[str, Any]:
