@@ -19,7 +19,8 @@ from tools.evaluation.card import CLOSING, OPENING
 from tools.evaluation.contest import Contestant, chosen_thresholds, facts_of, outcome
 from tools.evaluation.judgement import NEVER, Found, judge, masked_outside
 from tools.evaluation.latency import medians, timed
-from tools.evaluation.readers import LabelsError, read_folder
+from tools.evaluation.raw import LabelsError
+from tools.evaluation.readers import read_folder
 from tools.evaluation.report import class_table, contest_table, loss_table, misses, percent, printed, size_table
 from tools.evaluation.summary import (
     Rate,
@@ -60,8 +61,8 @@ def test_masked_share_of_an_object_is_counted_exactly():
     judged = judge("person", found((0, 0, 50.34, 60, 0.9)), truth((0, 0, 100, 60)))
     assert judged.covered.tolist() == [0.9]
     assert judge("person", found((0, 0, 49.96, 60, 0.9)), truth((0, 0, 100, 60))).covered.tolist() == [NEVER]
-    thirds = truth((0.1, 0.1, 0.7, 0.4))
-    assert judge("person", found((0.1, 0.1, 0.4, 0.4, 0.9)), thirds).covered.tolist() == [0.9]
+    half = judge("person", found((76.2, 44.5, 77.3, 81.6, 0.9)), truth((76.2, 44.5, 78.4, 81.6)))
+    assert half.covered.tolist() == [0.9]
 
 
 def test_two_masks_on_the_same_half_do_not_add_up():
@@ -220,7 +221,7 @@ def test_coco_labels_are_read_with_crowds_ignored_and_unknown_classes_left_out(t
         ],
     }
     (tmp_path / "instances.json").write_text(json.dumps(content))
-    (item,) = read_folder(tmp_path)
+    (item,) = read_folder(tmp_path).pictures
     assert set(item.truths) == {"person"}
     assert item.truths["person"].objects.tolist() == [[10, 20, 40, 60]]
     assert item.truths["person"].ignored.tolist() == [[50, 20, 80, 60]]
@@ -236,7 +237,7 @@ def test_voc_labels_are_read_with_difficult_ones_ignored(tmp_path):
     size = "<size><width>100</width><height>80</height></size>"
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "Annotations" / "one.xml").write_text(f"<annotation>{size}{objects}</annotation>")
-    (item,) = read_folder(tmp_path)
+    (item,) = read_folder(tmp_path).pictures
     assert item.truths["plate"].objects.tolist() == [[1, 2, 30, 40]]
     assert item.truths["plate"].ignored.tolist() == [[1, 2, 30, 40]]
 
@@ -247,7 +248,7 @@ def test_yolo_labels_are_read_and_a_picture_without_objects_counts_as_empty(tmp_
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "one.txt").write_text("1 0.5 0.5 0.2 0.25\n")
     (tmp_path / "labels" / "two.txt").write_text("")
-    one, two = read_folder(tmp_path, ["car", "face"])
+    one, two = read_folder(tmp_path, ["car", "face"]).pictures
     assert np.allclose(one.truths["face"].objects, [[40, 30, 60, 50]])
     assert two.truths["face"].objects.shape == (0, 4)
 
@@ -284,7 +285,7 @@ def test_limit_takes_so_many_pictures_of_each_source(tmp_path):
     for name in ("one", "two", "three"):
         save_picture(tmp_path / f"{name}.jpg")
         (tmp_path / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.2")
-    assert len(chosen(tmp_path, held_out=False, names=["face"], limit=2)) == 2
+    assert len(chosen(tmp_path, held_out=False, names=["face"], limit=2).pictures) == 2
 
 
 def scene(tmp_path):
