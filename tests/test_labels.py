@@ -70,7 +70,9 @@ def test_voc_of_several_splits_keeps_to_its_own(tmp_path):
     for grey, split in enumerate(("train", "valid")):
         save(tmp_path / split / "images" / "1.png", grey=grey)
         write(tmp_path / split / "annotations" / "1.xml", voc())
-    assert greys(tmp_path) == {"train/images/1.png": 0, "valid/images/1.png": 1}
+    save(tmp_path / "plain" / "2.png", grey=2)
+    write(tmp_path / "plain" / "xml" / "2.xml", voc())
+    assert greys(tmp_path) == {"plain/2.png": 2, "train/images/1.png": 0, "valid/images/1.png": 1}
 
 
 def test_voc_file_name_that_was_copied_from_another_gives_way_to_the_own_one(tmp_path):
@@ -100,6 +102,26 @@ def test_yolo_of_images_train_and_labels_train_is_read(tmp_path):
     write(tmp_path / "images" / "train" / "a.b.xml", "<notes/>")
     assert greys(tmp_path, ["face"]) == {"images/train/a.b.png": 3}
     assert read_folder(tmp_path, ["face"]).labels() == 1
+
+
+def test_files_that_an_archive_brings_along_are_no_labels_and_unlabelled_pictures_are_counted(tmp_path):
+    save(tmp_path / "a.png", grey=3)
+    save(tmp_path / "b.png")
+    write(tmp_path / "a.txt", "0 0.5 0.5 0.2 0.25\n")
+    for name in ("._a.txt", "._a.png", "._a.xml", "._a.json"):
+        write(tmp_path / "__MACOSX" / name, "junk")
+    assert greys(tmp_path, ["face"]) == {"a.png": 3}
+    assert read_folder(tmp_path, ["face"]).remarks == ("left out, as no label speaks of them: 1 pictures",)
+
+
+def test_picture_that_cannot_be_read_is_left_out_and_named(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.png")
+        write(tmp_path / f"{name}.txt", "0 0.5 0.5 0.2 0.25\n")
+    (tmp_path / "b.png").write_bytes(b"junk")
+    reading = read_folder(tmp_path, ["face"])
+    assert [item.path.name for item in reading.pictures] == ["a.png"]
+    assert "b.png" in reading.remarks[0]
 
 
 def test_yolo_lines_are_boxes_scored_boxes_or_polygons(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.evaluation.raw import Pictures, Raw, Read, Row, naming
+from tools.evaluation.raw import Pictures, Raw, Read, Row, files, naming
 
 
 def coco(folder: Path, pictures: Pictures) -> Read:
@@ -18,7 +18,7 @@ def coco(folder: Path, pictures: Pictures) -> Read:
     """
     merged: dict[Path, Raw] = {}
     missing, remarks = 0, []
-    for path in sorted(folder.rglob("*.json")):
+    for path in files(folder, "*.json"):
         with naming(path):
             content = json.loads(path.read_bytes())
             if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():

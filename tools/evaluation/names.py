@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tools.evaluation.raw import LabelsError, naming
+from tools.evaluation.raw import LabelsError, files, naming
 
 SEPARATORS = re.compile(r"[\s_\-./]+")
 MEANT: Mapping[str, Sequence[str]] = {
@@ -46,7 +46,7 @@ def listed_names(folder: Path) -> list[str]:
     """
     found: dict[Path, list[str]] = {}
     for pattern in ("*.yaml", "*.yml", "classes.txt", "*.names", "*.labels"):
-        for path in sorted(folder.rglob(pattern)):
+        for path in files(folder, pattern):
             with naming(path):
                 text = path.read_text("utf-8-sig")
                 names = yaml_names(text) if path.suffix in {".yaml", ".yml"} else text.splitlines()

@@ -58,6 +58,16 @@ def naming(path: Path) -> Iterator[None]:
         raise LabelsError(message) from exc
 
 
+def files(folder: Path, pattern: str = "*") -> list[Path]:
+    """Files in a folder and in the folders in it, sorted, without hidden ones and what macOS adds to an archive."""
+    found = [
+        path
+        for path in folder.rglob(pattern)
+        if not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+    ]
+    return sorted(path for path in found if path.is_file())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pictures:
     """All pictures of a folder, by file name and by path without suffix."""
@@ -71,8 +81,8 @@ class Pictures:
         """Those in the folder and in the folders in it."""
         by_name: dict[str, list[Path]] = {}
         by_stem: dict[Path, list[Path]] = {}
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in SUFFIXES and path.is_file():
+        for path in files(folder):
+            if path.suffix.lower() in SUFFIXES:
                 by_name.setdefault(path.name, []).append(path)
                 by_stem.setdefault(path.with_suffix(""), []).append(path)
         return cls(folder=folder, by_name=by_name, by_stem=by_stem)

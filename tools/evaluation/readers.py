@@ -67,6 +67,8 @@ def read_folder(folder: Path, names: Sequence[str] = ()) -> Reading:
         result = read()
         remarks.extend(result.remarks)
         if result.pictures:
+            spare = sum(map(len, pictures.by_name.values())) - len({item.path for item in result.pictures})
+            remarks.extend([f"left out, as no label speaks of them: {spare} pictures"] if spare else [])
             return labelled(Read(pictures=result.pictures, missing=result.missing, remarks=tuple(remarks)), folder.name)
         remarks.extend([f"{result.missing} label files without their picture"] if result.missing else [])
     message = f"{folder}: no labels.json, no COCO *.json, no VOC *.xml and no YOLO *.txt with their pictures"

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from tools.evaluation.raw import PLACES, SUFFIXES, LabelsError, Pictures, Raw, Read, Row, naming
+from tools.evaluation.raw import PLACES, SUFFIXES, LabelsError, Pictures, Raw, Read, Row, files, naming
 
 
 def voc(folder: Path, pictures: Pictures) -> Read:
     """Every `<annotation>` of a folder with the picture that it names; other XML files are no labels."""
     roots: dict[Path, ET.Element] = {}
-    for path in sorted(folder.rglob("*.xml")):
+    for path in files(folder, "*.xml"):
         with naming(path):
             root = ET.parse(path).getroot()  # noqa: S314 - the user's own labels; expat refuses entity bombs
         if root.tag == "annotation":
@@ -64,11 +64,13 @@ def _beside(path: Path, name: str, pictures: Pictures) -> Path | None:
 
 
 def _places(path: Path, folder: Path) -> Iterator[Path]:
-    """For Annotations/a/x.xml: JPEGImages/a, images/a, ...; then the folder of the file itself."""
+    """For Annotations/a/x.xml: JPEGImages/a, images/a, ...; then the folder of the file itself, and the one above."""
     parts = path.parent.relative_to(folder).parts
     for index in reversed(range(len(parts))):
         yield from (folder.joinpath(*parts[:index], place, *parts[index + 1 :]) for place in PLACES)
     yield path.parent
+    if parts:
+        yield path.parent.parent
 
 
 def _size(root: ET.Element) -> tuple[int, int] | None:

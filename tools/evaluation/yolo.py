@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tools.evaluation.fitting import upright_size
 from tools.evaluation.names import listed_names
-from tools.evaluation.raw import LabelsError, Pictures, Raw, Read, Row, naming
+from tools.evaluation.raw import LabelsError, Pictures, Raw, Read, Row, files, naming
 
 BOX, SCORED, TRIANGLE = 5, 6, 7  # values of a line
 FARTHEST = 2.0  # of a share; beyond it the values are pixels
@@ -18,8 +18,8 @@ FARTHEST = 2.0  # of a share; beyond it the values are pixels
 
 def yolo(folder: Path, pictures: Pictures, names: Sequence[str]) -> Read:
     """Every text file whose picture lies at the same place under `images`, or beside it."""
-    files = [path for path in sorted(folder.rglob("*.txt")) if path.name != "classes.txt"]
-    pairs = [(path, _picture_of(path, pictures)) for path in files]
+    texts = [path for path in files(folder, "*.txt") if path.name != "classes.txt"]
+    pairs = [(path, _picture_of(path, pictures)) for path in texts]
     missing = sum(picture is None and "labels" in path.relative_to(folder).parts for path, picture in pairs)
     if not any(picture for _, picture in pairs):
         return Read(missing=missing)
@@ -27,8 +27,11 @@ def yolo(folder: Path, pictures: Pictures, names: Sequence[str]) -> Read:
     raw = []
     for path, picture in pairs:
         if picture is not None:
-            with naming(picture):
+            try:
                 width, height = upright_size(picture)
+            except OSError:  # told of with all other pictures that do not fit their labels
+                raw.append(Raw(path=picture, size=None, rows=(), declared=frozenset(listed)))
+                continue
             with naming(path):
                 lines = [line.split() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
                 boxes = tuple(_row(line, listed, width, height) for line in lines)
