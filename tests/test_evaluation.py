@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,11 @@ from tools.__main__ import main
 from tools.evaluate import chosen, names_of, record
 from tools.evaluation.baselines import FILES, baselines
 from tools.evaluation.card import CLOSING, OPENING
-from tools.evaluation.contest import Contestant, facts_of, outcome
+from tools.evaluation.contest import Contestant, chosen_thresholds, facts_of, outcome
 from tools.evaluation.judgement import NEVER, Found, judge, masked_outside
 from tools.evaluation.latency import medians, timed
-from tools.evaluation.readers import LabelsError, read_folder
+from tools.evaluation.raw import LabelsError
+from tools.evaluation.readers import read_folder
 from tools.evaluation.report import class_table, contest_table, loss_table, misses, percent, printed, size_table
 from tools.evaluation.summary import (
     Rate,
@@ -53,6 +55,14 @@ def test_object_is_covered_from_the_score_at_which_half_of_it_is_masked():
 
 def test_object_of_which_less_than_half_is_masked_is_never_covered():
     assert judge("face", found((0, 0, 49, 100, 0.9)), truth((0, 0, 100, 100))).covered.tolist() == [NEVER]
+
+
+def test_masked_share_of_an_object_is_counted_exactly():
+    judged = judge("person", found((0, 0, 50.34, 60, 0.9)), truth((0, 0, 100, 60)))
+    assert judged.covered.tolist() == [0.9]
+    assert judge("person", found((0, 0, 49.96, 60, 0.9)), truth((0, 0, 100, 60))).covered.tolist() == [NEVER]
+    half = judge("person", found((76.2, 44.5, 77.3, 81.6, 0.9)), truth((76.2, 44.5, 78.4, 81.6)))
+    assert half.covered.tolist() == [0.9]
 
 
 def test_two_masks_on_the_same_half_do_not_add_up():
@@ -135,9 +145,34 @@ def test_threshold_is_the_lowest_at_which_a_tenth_of_the_boxes_is_false():
     assert false_rate(judged, 0.495).value() > 0.1
 
 
+def test_chosen_threshold_has_four_digits_and_keeps_the_box_out_that_was_too_much():
+    right = [(20 * index, 0, 20 * index + 10, 10, 0.9) for index in range(18)]
+    wrong = [(20 * index, 500, 20 * index + 10, 510, 0.5 - 0.00004 * index) for index in range(4)]
+    judged = judge("face", found(*right, *wrong), truth(*(item[:4] for item in right)))
+    assert threshold_for(judged) == 0.5
+    written = json.loads(json.dumps(class_facts(judged, "face", threshold_for(judged))))["threshold"]
+    assert written == threshold_for(judged)
+    assert false_rate(judged, written).value() <= 0.1
+    assert false_rate(judged, 0.4999).value() > 0.1
+
+
+@given(scores=st.lists(st.floats(0.03, 1), min_size=30, max_size=60), data=st.data())
+def test_no_more_than_a_tenth_is_false_at_the_chosen_threshold(scores, data):
+    boxes = [(20 * index, 0, 20 * index + 10, 10, score) for index, score in enumerate(scores)]
+    objects = [box[:4] for box in boxes if data.draw(st.booleans())]
+    judged = judge("face", found(*boxes), truth(*objects))
+    rate = false_rate(judged, threshold_for(judged))
+    assert rate.total < 20 or rate.value() <= 0.1
+
+
 def test_masked_area_outside_counts_pixels_once_and_not_those_on_objects():
     share = masked_outside(rows([(0, 0, 10, 10), (5, 0, 15, 10)]), rows([(0, 0, 5, 10)]), 100, 10)
     assert share == pytest.approx(0.1)
+
+
+def test_box_over_the_edge_of_the_picture_counts_as_far_as_it_is_inside():
+    assert masked_outside(rows([(-5, -5, 5, 5)]), rows([]), 100, 10) == pytest.approx(0.025)
+    assert masked_outside(rows([(0, 0, 5, 5)]), rows([(-5, -5, 5, 5)]), 100, 10) == 0
 
 
 def test_annex_b_is_met_only_at_ninety_per_cent_found_and_says_when_counts_are_too_small():
@@ -145,12 +180,12 @@ def test_annex_b_is_met_only_at_ninety_per_cent_found_and_says_when_counts_are_t
     nine = judge("plate", found(*items[:9]), truth(*(item[:4] for item in items)))
     eight = judge("plate", found(*items[:8]), truth(*(item[:4] for item in items)))
     thresholds = {"plate": 0.5, "face": 0.5}
-    assert annex_b({"plate": nine}, thresholds, 600)["plate"]["shall"] is True
-    assert annex_b({"plate": eight}, thresholds, 600)["plate"]["shall"] is False
-    assert annex_b({"plate": nine}, thresholds, 600)["plate"]["enough"] is False
+    assert annex_b({"plate": nine}, thresholds, {"plate": 600})["plate"]["shall"] is True
+    assert annex_b({"plate": eight}, thresholds, {"plate": 600})["plate"]["shall"] is False
+    assert annex_b({"plate": nine}, thresholds, {"plate": 600})["plate"]["enough"] is False
     many = joined([nine] * 20)
-    assert annex_b({"plate": many}, thresholds, 600)["plate"]["enough"] is True
-    assert annex_b({"plate": many}, thresholds, 499)["plate"]["enough"] is False
+    assert annex_b({"plate": many}, thresholds, {"plate": 600})["plate"]["enough"] is True
+    assert annex_b({"plate": many}, thresholds, {"plate": 499})["plate"]["enough"] is False
 
 
 def entry(source, boxes=(), taught=()):
@@ -186,7 +221,7 @@ def test_coco_labels_are_read_with_crowds_ignored_and_unknown_classes_left_out(t
         ],
     }
     (tmp_path / "instances.json").write_text(json.dumps(content))
-    (item,) = read_folder(tmp_path)
+    (item,) = read_folder(tmp_path).pictures
     assert set(item.truths) == {"person"}
     assert item.truths["person"].objects.tolist() == [[10, 20, 40, 60]]
     assert item.truths["person"].ignored.tolist() == [[50, 20, 80, 60]]
@@ -202,7 +237,7 @@ def test_voc_labels_are_read_with_difficult_ones_ignored(tmp_path):
     size = "<size><width>100</width><height>80</height></size>"
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "Annotations" / "one.xml").write_text(f"<annotation>{size}{objects}</annotation>")
-    (item,) = read_folder(tmp_path)
+    (item,) = read_folder(tmp_path).pictures
     assert item.truths["plate"].objects.tolist() == [[1, 2, 30, 40]]
     assert item.truths["plate"].ignored.tolist() == [[1, 2, 30, 40]]
 
@@ -213,7 +248,7 @@ def test_yolo_labels_are_read_and_a_picture_without_objects_counts_as_empty(tmp_
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "one.txt").write_text("1 0.5 0.5 0.2 0.25\n")
     (tmp_path / "labels" / "two.txt").write_text("")
-    one, two = read_folder(tmp_path, ["car", "face"])
+    one, two = read_folder(tmp_path, ["car", "face"]).pictures
     assert np.allclose(one.truths["face"].objects, [[40, 30, 60, 50]])
     assert two.truths["face"].objects.shape == (0, 4)
 
@@ -250,7 +285,7 @@ def test_limit_takes_so_many_pictures_of_each_source(tmp_path):
     for name in ("one", "two", "three"):
         save_picture(tmp_path / f"{name}.jpg")
         (tmp_path / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.2")
-    assert len(chosen(tmp_path, held_out=False, names=["face"], limit=2)) == 2
+    assert len(chosen(tmp_path, held_out=False, names=["face"], limit=2).pictures) == 2
 
 
 def scene(tmp_path):
@@ -308,6 +343,32 @@ def test_chosen_thresholds_and_their_curve_are_written_into_the_manifest(tmp_pat
     assert content["thresholds"] == {"face": 0.4}
     assert content["model"] == "m.onnx"
     assert len(content["measured"]["face"]["curve"]) == 19
+
+
+def test_class_of_which_no_object_was_counted_keeps_its_threshold_in_the_manifest(tmp_path):
+    contestant = Contestant(
+        name="ours", labels=("face", "plate"), detect=lambda _: [face(10, 0.9)], thresholds={"face": 0.4, "plate": 0.3}
+    )
+    known = scene(tmp_path)
+    outcomes = [outcome(contestant, replace(known, truths={**known.truths, "plate": truth()}))]
+    assert chosen_thresholds(contestant, outcomes) == {"face": 0.05}
+    (tmp_path / "m.json").write_text('{"thresholds": {"face": 0.1, "plate": 0.2}, "measured": {"plate": 1}}')
+    record(tmp_path / "m.json", facts_of(contestant, outcomes))
+    content = json.loads((tmp_path / "m.json").read_text())
+    assert content["thresholds"] == {"face": 0.4, "plate": 0.2}
+    assert content["measured"]["plate"] == 1
+    assert content["measured"]["face"]["detection"]["total"] == 2
+
+
+def test_counts_of_b4_are_those_of_pictures_that_label_the_class(tmp_path):
+    contestant = Contestant(
+        name="ours", labels=("face", "plate"), detect=lambda _: [], thresholds={"face": 0.4, "plate": 0.3}
+    )
+    known = scene(tmp_path)
+    pictures = [known, known, replace(known, truths={"plate": truth()})]
+    verdict = facts_of(contestant, [outcome(contestant, item) for item in pictures])["annex_b"]
+    assert verdict["face"]["pictures"] == 2
+    assert verdict["plate"]["pictures"] == 1
 
 
 def test_dash_stands_where_nothing_was_counted():

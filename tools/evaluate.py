@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import Any
 from PIL import Image
 from rich.progress import track
 
+from agent.errors import AgentError
 from agent.messages import Box
 from agent.pictures.formats import Colour
 from agent.redaction.detector import Detector
@@ -27,18 +29,22 @@ from tools.evaluation.contest import (
     LOWEST,
     Contestant,
     Outcome,
+    chosen_thresholds,
     facts_of,
     judged,
     outcome,
     side_by_side,
-    thresholds_of,
 )
 from tools.evaluation.judgement import Judgement
 from tools.evaluation.latency import medians, passes, timed
-from tools.evaluation.readers import read_folder
+from tools.evaluation.raw import LabelsError
+from tools.evaluation.readers import Reading, from_entries, read_folder
 from tools.evaluation.report import class_table, contest_table, loss_table, misses, printed, size_table
-from tools.evaluation.truths import Labelled, from_entry
-from tools.training.dataset import CLASSES, difference_hash, read_entries, split
+from tools.evaluation.truths import Labelled
+from tools.training.dataset import CLASSES, DatasetError, difference_hash, read_entries, split
+from tools.whole_files import write_whole
+
+RECORDED = ("smallest", "detection", "false", "recall", "average_precision", "curve")  # of a class, in a manifest
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,15 +71,36 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; 0 also where a detector is poor: the figures are the result."""
-    pictures = chosen(args.pictures, held_out=args.held_out, names=_names(args.classes), limit=args.limit)
+    """Measure and print; 0 also where a detector is poor: the figures are the result. 1 where there are none."""
+    try:
+        return _run(args)
+    except (AgentError, OSError) as exc:
+        print(f"evaluate: {exc}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    reading = chosen(args.pictures, held_out=args.held_out, names=_names(args.classes), limit=args.limit)
+    print("\n".join([reading.line(), *reading.remarks]))
     contestants, remarks = _contestants(args)
-    outcomes = {item.name: measured(item, pictures) for item in contestants}
+    outcomes = {item.name: measured(item, reading.pictures) for item in contestants}
+    if not any(outcomes.values()):
+        message = "nothing can be measured: no picture is labelled with a class that a detector finds"
+        raise LabelsError(message)
     names = [item.name for item in contestants[: len(args.manifest)]]
     if args.choose and names:
-        thresholds = thresholds_of(replace(contestants[0], thresholds={}), outcomes[names[0]])
-        contestants = [replace(item, thresholds=thresholds) if item.name in names else item for item in contestants]
+        own = chosen_thresholds(contestants[0], outcomes[names[0]])
+        contestants = [
+            replace(item, thresholds={**item.thresholds, **own}) if item.name in names else item for item in contestants
+        ]
     result: dict[str, Any] = {
+        "read": {
+            "pictures": len(reading.pictures),
+            "labels": reading.labels(),
+            "not_understood": dict(reading.strange),
+            "without_picture": reading.missing,
+            "remarks": list(reading.remarks),
+        },
         "detectors": {item.name: facts_of(item, outcomes[item.name]) for item in contestants},
         "side_by_side": _contest(contestants, outcomes),
         "latency_ms": _latency(args) if args.latency else {},
@@ -125,14 +152,16 @@ def _write(
 
 
 def record(manifest: Path, facts: dict[str, object]) -> None:
-    """Write thresholds, and the figures and curves that they came from, into a manifest."""
+    """Write thresholds, and the figures and curves that they came from, into a manifest.
+
+    Classes of which no object was counted keep what the manifest says of them.
+    """
     content = json.loads(manifest.read_bytes())
-    content["thresholds"] = {label: part["threshold"] for label, part in _classes(facts).items()}
-    content["measured"] = {
-        label: {key: part[key] for key in ("smallest", "detection", "false", "recall", "average_precision", "curve")}
-        for label, part in _classes(facts).items()
-    }
-    manifest.write_text(json.dumps(content, indent=2) + "\n")
+    for label, part in _classes(facts).items():
+        if part["detection"]["total"]:
+            content.setdefault("thresholds", {})[label] = part["threshold"]
+            content.setdefault("measured", {})[label] = {key: part[key] for key in RECORDED}
+    write_whole(manifest, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _classes(facts: dict[str, object]) -> dict[str, Any]:
@@ -144,21 +173,21 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def chosen(folder: Path, *, held_out: bool, names: Sequence[str], limit: int) -> list[Labelled]:
+def chosen(folder: Path, *, held_out: bool, names: Sequence[str], limit: int) -> Reading:
     """The pictures to measure on: all of a folder, or its validation split; at most `limit` of each source."""
     if held_out:
         entries = read_entries(folder / "labels.json")
         hashes = {entry.file: _hash(folder / "train" / entry.file) for entry in entries}
-        pictures = [from_entry(entry, folder / "train") for entry in split(entries, hashes)[1]]
+        reading = from_entries(split(entries, hashes)[1], folder / "train", entries)
     else:
-        pictures = read_folder(folder, names)
+        reading = read_folder(folder, names)
     kept: list[Labelled] = []
     counts: dict[str, int] = {}
-    for picture in pictures:
+    for picture in reading.pictures:
         counts[picture.source] = counts.get(picture.source, 0) + 1
         if not limit or counts[picture.source] <= limit:
             kept.append(picture)
-    return kept
+    return replace(reading, pictures=tuple(kept))
 
 
 def _hash(path: Path) -> int:
@@ -200,9 +229,15 @@ def contestant(name: str, detector: Detector) -> Contestant:
 
 
 def measured(item: Contestant, pictures: Sequence[Labelled]) -> list[Outcome]:
-    """One contestant on all pictures where one of its classes is known."""
+    """One contestant on all pictures where one of its classes is known; damaged ones are named and left out."""
     fitting = [picture for picture in pictures if set(picture.truths) & set(item.labels)]
-    return [outcome(item, picture) for picture in track(fitting, description=item.name, transient=True)]
+    outcomes = []
+    for picture in track(fitting, description=item.name, transient=True):
+        try:
+            outcomes.append(outcome(item, picture))
+        except DatasetError as exc:
+            print(f"evaluate: {item.name}: left out: {exc}", file=sys.stderr)
+    return outcomes
 
 
 def _latency(args: argparse.Namespace) -> dict[str, float]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from agent.messages import Box
 from tools.evaluation.judgement import Found, Judgement, judge, masked_outside
 from tools.evaluation.summary import (
+    SMALLEST,
     annex_b,
     class_facts,
     curve,
@@ -99,14 +100,21 @@ def thresholds_of(contestant: Contestant, outcomes: Sequence[Outcome]) -> dict[s
     return chosen
 
 
+def chosen_thresholds(contestant: Contestant, outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """The thresholds that these pictures choose: of each class of which an object was counted."""
+    known = {label: own for label in contestant.labels if (own := judged(outcomes, label)) is not None}
+    return {label: threshold_for(own) for label, own in known.items() if (own.sizes >= SMALLEST[label]).any()}
+
+
 def facts_of(contestant: Contestant, outcomes: Sequence[Outcome]) -> dict[str, object]:
     """Everything measured about one contestant."""
     thresholds = thresholds_of(contestant, outcomes)
     known = {label: own for label in contestant.labels if (own := judged(outcomes, label)) is not None}
+    counts = {label: sum(label in item.judgements for item in outcomes) for label in known}
     return {
         "name": contestant.name,
         "pictures": len(outcomes),
-        "annex_b": annex_b(known, thresholds, len(outcomes)),
+        "annex_b": annex_b(known, thresholds, counts),
         "classes": {
             label: {
                 **class_facts(own, label, thresholds[label]),

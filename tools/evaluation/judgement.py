@@ -16,7 +16,7 @@ from tools.evaluation.truths import Floats, Truth
 
 COVERED = 0.5  # share of an object's box that must be masked: GB/T 44464-2024, B.5.3
 MATCHED = 0.5  # intersection over union of a match
-RASTER = 100  # cells along each side of an object's box when its masked share is counted
+ROUNDING = 1e-9  # share by which sums of areas may be off
 NEVER = -1.0  # the score of what no threshold reaches
 
 
@@ -70,15 +70,15 @@ def sizes_of(boxes: Floats, label: str) -> Floats:
 
 def cover_score(item: Floats, found: Found) -> float:
     """The lowest score that is needed until the boxes together mask half of an object (4,); NEVER if all do not."""
-    width, height = item[2] - item[0], item[3] - item[1]
-    xs = item[0] + (np.arange(RASTER) + 0.5) * width / RASTER
-    ys = item[1] + (np.arange(RASTER) + 0.5) * height / RASTER
-    masked = np.zeros((RASTER, RASTER), np.bool_)
-    for box, score in zip(found.boxes, found.scores, strict=True):
-        if box[0] >= item[2] or box[2] <= item[0] or box[1] >= item[3] or box[3] <= item[1]:
-            continue
-        masked |= ((ys >= box[1]) & (ys < box[3]))[:, None] & ((xs >= box[0]) & (xs < box[2]))[None]
-        if masked.mean() >= COVERED:
+    near = _touch(found.boxes, item[None])
+    boxes = np.clip(found.boxes[near], item[[0, 1, 0, 1]], item[[2, 3, 2, 3]])
+    xs, ys = np.unique(boxes[:, [0, 2]]), np.unique(boxes[:, [1, 3]])  # between two of these all is masked, or nothing
+    areas = np.outer(np.diff(ys), np.diff(xs))
+    wanted = (COVERED - ROUNDING) * (item[2] - item[0]) * (item[3] - item[1])
+    masked = np.zeros(areas.shape, np.bool_)
+    for box, score in zip(boxes, found.scores[near], strict=True):
+        masked |= ((ys[:-1] >= box[1]) & (ys[:-1] < box[3]))[:, None] & ((xs[:-1] >= box[0]) & (xs[:-1] < box[2]))
+        if areas[masked].sum() >= wanted:
             return float(score)
     return NEVER
 
@@ -106,9 +106,9 @@ def _touch(boxes: Floats, others: Floats) -> NDArray[np.bool_]:
 
 
 def masked_outside(boxes: Floats, allowed: Floats, width: int, height: int) -> float:
-    """Share of a (width, height) picture that boxes mask outside every allowed box."""
+    """Share of a (width, height) picture that boxes mask outside every allowed box; boxes may cross its edges."""
     masked, free = np.zeros((height, width), np.bool_), np.zeros((height, width), np.bool_)
     for field, items in ((masked, boxes), (free, allowed)):
-        for x1, y1, x2, y2 in items:
+        for x1, y1, x2, y2 in np.clip(items, 0, [width, height] * 2):
             field[int(np.floor(y1)) : int(np.ceil(y2)), int(np.floor(x1)) : int(np.ceil(x2))] = True
     return float((masked & ~free).mean())

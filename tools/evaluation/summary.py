@@ -23,6 +23,7 @@ BANDS: Mapping[str, tuple[tuple[float, float], ...]] = {
 }
 CURVE = tuple(round(0.05 * step, 2) for step in range(1, 20))
 LEAST = 0.05  # lowest threshold that is ever chosen
+STEPS = 10_000  # of thresholds between 0 and 1: what is measured, printed and written is one value
 FEW = 20  # boxes below which a false rate says nothing
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
@@ -106,7 +107,8 @@ def average_precision(judged: Judgement) -> float:
 def threshold_for(judged: Judgement, most_false: float = MOST_FALSE) -> float:
     """The lowest score from which on no more than `most_false` of the boxes are false: recall first.
 
-    Read from the highest score down, so that a lucky stretch below a bad one is not taken, and never below LEAST.
+    Read from the highest score down, so that a lucky stretch below a bad one is not taken, and never below LEAST. It is
+    rounded up to a whole step of STEPS, so that the box that was too much stays out.
     """
     scores, false = judged.scores[~judged.neutral], judged.false[~judged.neutral]
     order = np.argsort(-scores, kind="stable")
@@ -115,7 +117,9 @@ def threshold_for(judged: Judgement, most_false: float = MOST_FALSE) -> float:
     scores = scores[order]
     if not len(bad):
         return LEAST
-    return max(LEAST, float(np.nextafter(scores[bad[0]], 1.0)))
+    values = np.arange(1, STEPS) / STEPS
+    above = int(np.searchsorted(values, scores[bad[0]], "right"))
+    return max(LEAST, float(values[min(above, len(values) - 1)]))
 
 
 def curve(judged: Judgement, label: str) -> list[dict[str, float | None]]:
@@ -137,7 +141,7 @@ def class_facts(judged: Judgement, label: str, threshold: float) -> dict[str, ob
     """Everything about one class at a threshold."""
     least = SMALLEST[label]
     return {
-        "threshold": round(threshold, 4),
+        "threshold": threshold,
         "smallest": least,
         "detection": detection_rate(judged, threshold, least).facts(),
         "false": false_rate(judged, threshold).facts(),
@@ -158,20 +162,26 @@ def band_name(low: float, high: float) -> str:
     return f"{low:.0f}+" if math.isinf(high) else f"{low:.0f}-{high - 1:.0f}"
 
 
-def annex_b(judged: Mapping[str, Judgement], thresholds: Mapping[str, float], pictures: int) -> dict[str, object]:
-    """The verdict of GB/T 44464-2024 on faces and plates; `enough` says whether B.4's counts were met."""
-    verdicts: dict[str, object] = {"pictures": pictures}
+def annex_b(
+    judged: Mapping[str, Judgement], thresholds: Mapping[str, float], pictures: Mapping[str, int]
+) -> dict[str, object]:
+    """The verdict of GB/T 44464-2024 on faces and plates; `enough` says whether B.4's counts were met.
+
+    `pictures`: of each class, the number of pictures whose labels speak of it.
+    """
+    verdicts: dict[str, object] = {}
     for label in ("face", "plate"):
         if label not in judged:
             continue
         found = detection_rate(judged[label], thresholds[label], SMALLEST[label])
         wrong = false_rate(judged[label], thresholds[label])
         verdicts[label] = {
+            "pictures": pictures[label],
             "detection": found.facts(),
             "false": wrong.facts(),
             "shall": bool(found.total) and found.value() >= LEAST_FOUND,
             "should": not wrong.total or wrong.value() <= MOST_FALSE,
-            "enough": pictures >= LEAST_PICTURES and found.total >= LEAST_OBJECTS[label],
+            "enough": pictures[label] >= LEAST_PICTURES and found.total >= LEAST_OBJECTS[label],
         }
     return verdicts
 

@@ -6,7 +6,7 @@ where an object may be (a teacher's doubt, a crowd): finding it is neither right
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Truth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labelled:
-    """A picture on disk with the truth of each class that is known there."""
+    """A picture on disk with the truth of each class that is known there; its size is that of the upright picture."""
 
     path: Path
     source: str
@@ -52,10 +52,12 @@ def rows(boxes: Sequence[Sequence[float]]) -> Floats:
     return np.array(boxes, np.float64).reshape(-1, 4)
 
 
-def from_entry(entry: Entry, folder: Path) -> Labelled:
-    """An entry of labels.json: people's boxes are true; teachers' boxes and heads without a face are ignored."""
+def from_entry(entry: Entry, folder: Path, labelled: Collection[str] = ()) -> Labelled:
+    """An entry of labels.json: people's boxes are true; teachers' boxes and heads without a face are ignored.
+
+    `labelled`: classes that its source labels, where it is not one of SOURCES.
+    """
     source = SOURCES.get(entry.source, Source())
-    labelled = {label for label, _ in entry.boxes}
     truths = {}
     for label in CLASSES:
         listed = Knowledge(getattr(source, label)) in {Knowledge.FULL, Knowledge.PARTIAL}
@@ -72,9 +74,7 @@ def from_entry(entry: Entry, folder: Path) -> Labelled:
 
 
 def _truth_of(entry: Entry, label: str, *, complete: bool) -> Truth:
-    limits = np.array([entry.width, entry.height] * 2, np.float64)
-    objects = np.clip(rows([box for name, box in entry.boxes if name == label]), 0, limits)
+    objects = rows([box for name, box in entry.boxes if name == label])
     doubts = [box for name, box, score in entry.taught if name == label and score >= DOUBT]
     heads = [box for name, box in entry.boxes if name == "head"] if label == "face" else []
-    sane = (objects[:, 2] - objects[:, 0] >= 1) & (objects[:, 3] - objects[:, 1] >= 1)
-    return Truth(objects=objects[sane], ignored=np.clip(rows([*doubts, *heads]), 0, limits), complete=complete)
+    return Truth(objects=objects, ignored=rows([*doubts, *heads]), complete=complete)

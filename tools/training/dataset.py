@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from agent.errors import AgentError
 
@@ -247,6 +247,10 @@ def split(entries: Sequence[Entry], hashes: Mapping[str, int]) -> tuple[list[Ent
 
 
 def load_picture(path: Path) -> NDArray[np.uint8]:
-    """A picture as (H, W, 3) RGB."""
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    """A picture as (H, W, 3) RGB, upright; DatasetError names a file that cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, Image.DecompressionBombError) as exc:
+        message = f"{path}: {exc}"
+        raise DatasetError(message) from exc
