@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -83,7 +84,7 @@ def load(file: Path) -> Setup:
         mistakes += [*_between(config, policy, file), *_not_installed(policy, policy_file)]
         if keys and not policy.config.serial:
             mistakes.append(ConfigError(policy_file, "serial", 0, "at least 1 in a policy that has to be signed"))
-    mistakes += [*_intake(config, file), *_status_topic(config, file)]
+    mistakes += [*_intake(config, file), *_status_topic(config, file), *_metrics(config, file)]
     if mistakes:
         raise InvalidConfigError(mistakes)
     return Setup(
@@ -104,7 +105,28 @@ def _manifest_path(config: AgentConfig) -> Path:
 def _manifest(config: AgentConfig, keys: Keys, file: Path) -> bytes:
     """The manifest, verified where it must be signed; empty for one that is missing and need not be."""
     path, signed = _manifest_path(config), keys if config.trust.model else Keys()
-    return signed.read_file(path, Kind.MODEL, (file, "model.manifest")) if signed or path.is_file() else b""
+    if not signed and _is_missing(path):
+        return b""
+    return signed.read_file(path, Kind.MODEL, (file, "model.manifest"))
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether nothing is there; what may not be looked at is not missing."""
+    try:
+        path.stat()
+    except OSError as exc:
+        return isinstance(exc, FileNotFoundError)
+    return False
+
+
+def _metrics(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
+    """Nothing is served beyond the vehicle (`metrics`)."""
+    try:
+        served = ipaddress.ip_address(config.metrics.host).is_loopback
+    except ValueError:
+        served = False
+    if not served:
+        yield ConfigError(file, "metrics.host", config.metrics.host, "a loopback address, as 127.0.0.1 or ::1")
 
 
 def _intake(config: AgentConfig, file: Path) -> Iterator[ConfigError]:

@@ -39,8 +39,8 @@ def check(setup: Setup) -> str:
 
 def _warnings(setup: Setup) -> Iterator[str]:
     yield from setup.policy.warnings()
-    if not setup.manifest_path.is_file():
-        yield f"model.manifest: {setup.manifest_path} does not exist: every picture will be refused"
+    if not setup.manifest:
+        yield f"model.manifest: {setup.manifest_path} does not exist or is empty: every picture will be refused"
     if not setup.trusted:
         yield "trust.keys_file is empty: whoever can write the policy decides what leaves"
     if not setup.config.signing.key_file:

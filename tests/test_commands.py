@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 import json
 import os
@@ -107,6 +108,9 @@ def test_compression_without_its_library_is_a_mistake_that_names_the_extra(files
         ('name = "one"', 'name = "one"\nregistration = "FR"', "vehicle.registration"),
         ('[[position]]\ntopic = "vehicle/gnss"', "", "position"),
         ("[intake]", '[credentials.us]\nusername = "x"\n[intake]', "credentials.us"),
+        ("[intake]", '[metrics]\nhost = "localhost"\n[intake]', "metrics.host"),
+        ("[intake]", '[metrics]\nhost = "0.0.0.0"\n[intake]', "metrics.host"),
+        ("[intake]", "[limits]\npayload_bytes = 268435456\n[intake]", "limits.payload_bytes"),
     ],
 )
 def test_what_does_not_fit_together_is_named(files, old, new, key):
@@ -128,6 +132,28 @@ def test_own_borders_replace_the_shipped_ones_and_their_mistakes_are_named(files
     (files / "own.geojson").unlink()
     with pytest.raises(InvalidConfigError, match=r"borders\.geojson"):
         assembly.load(files / "agent.toml").borders()
+
+
+def test_manifest_that_is_missing_is_a_warning_and_one_that_may_not_be_read_is_a_mistake(files, capsys, monkeypatch):
+    change(files / "agent.toml", "[intake]", '[model]\nmanifest = "absent.json"\n[intake]')
+    assert command_line.main(["check", str(files / "agent.toml")]) == 0
+    assert "absent.json does not exist or is empty" in capsys.readouterr().out
+    stat, read = Path.stat, Path.read_bytes
+
+    def closed(path, do):
+        if path.name == "absent.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return do(path)
+
+    monkeypatch.setattr(Path, "stat", lambda path, **_: closed(path, stat))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: closed(path, read))
+    assert mistakes(files) == {"model.manifest"}
+
+
+def test_state_folder_that_cannot_be_made_is_named(files, capsys):
+    change(files / "agent.toml", "[intake]", '[paths]\nstate = "policy.toml"\n[intake]')
+    assert command_line.main(["run", str(files / "agent.toml")]) == 1
+    assert f"paths.state: {files / 'policy.toml'}: File exists" in capsys.readouterr().err
 
 
 def test_egress_rules_allow_the_networks_of_the_policy_and_nothing_else(files):

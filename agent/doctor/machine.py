@@ -29,10 +29,19 @@ def clock(setup: Setup) -> Finding:
         advice = "the clock was never set: set it (timedatectl); until then records do not expire and TLS may fail"
         return Finding(name="clock", detail=detail, advice=advice)
     for file in (setup.file, Path(setup.config.paths.policy), setup.status_path):
-        if file.exists() and file.stat().st_mtime_ns > now + TOLERANCE_NS:
+        known = _stat(file)
+        if known and known.st_mtime_ns > now + TOLERANCE_NS:
             advice = "the clock is behind: set it (timedatectl); is a time server reachable, has the RTC power?"
             return Finding(name="clock", detail=f"{detail}, before {file} was written", advice=advice)
     return Finding(name="clock", detail=detail)
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    """None for what is missing or may not be looked at: another finding says so."""
+    try:
+        return file.stat()
+    except OSError:
+        return None
 
 
 def disk(setup: Setup) -> Finding:
@@ -104,13 +113,15 @@ def _secret(key: str, path: Path) -> Iterator[Finding]:
 
 def _state(setup: Setup) -> Iterator[Finding]:
     folder = Path(setup.config.paths.state)
-    if folder.is_dir() and folder.stat().st_mode & 0o007:
+    known = _stat(folder)
+    if known and known.st_mode & 0o007:
         yield Finding(name="permissions", detail=f"{folder} is open to every user", advice=f"chmod o-rwx {folder}")
 
 
 def _configuration(setup: Setup) -> Iterator[Finding]:
     for file in (setup.file, Path(setup.config.paths.policy), setup.manifest_path):
-        if file.exists() and file.stat().st_mode & OTHERS_WRITE:
+        known = _stat(file)
+        if known and known.st_mode & OTHERS_WRITE:
             advice = f"whoever can write it decides what leaves the vehicle: chmod go-w {file}"
             yield Finding(name="permissions", detail=f"{file} can be written by others than its owner", advice=advice)
 

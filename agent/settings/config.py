@@ -19,6 +19,7 @@ from agent.settings.tables import CountryOrNone, Port, Positive, Seconds, Table,
 from agent.settings.typed import convert
 
 MIB = 1 << 20
+LARGEST_PACKET = 268_435_455  # bytes; MQTT 5.0, 1.5.5: the largest Variable Byte Integer
 S = TypeVar("S", bound=msgspec.Struct)
 
 
@@ -108,7 +109,7 @@ class Model(Table, frozen=True, kw_only=True):
 class Limits(Table, frozen=True, kw_only=True):
     """[limits]: every bound of memory and disk."""
 
-    payload_bytes: Annotated[Positive, Meta(description="A larger message is refused")] = 8 * MIB
+    payload_bytes: Annotated[int, Meta(ge=1, le=LARGEST_PACKET, description="A larger message is refused")] = 8 * MIB
     picture_pixels: Annotated[Positive, Meta(description="A larger picture is refused before it is decoded")] = (
         40_000_000
     )
