@@ -15,7 +15,15 @@ from agent.errors import ConfigError, InvalidConfigError
 from agent.places.geojson import read_polygons
 from agent.places.regions import RegionMap
 from agent.policy import Policy
-from agent.settings.config import AgentConfig, load_agent, parse_policy, shipped_manifest
+from agent.settings.config import (
+    AgentConfig,
+    PositionSource,
+    load_agent,
+    load_policy,
+    parse_policy,
+    policy_path,
+    shipped_manifest,
+)
 from agent.trust import Keys
 from agent.wire.detached import Kind
 
@@ -64,14 +72,20 @@ class Setup:
             text = self.own_borders.decode("utf-8")
         except UnicodeDecodeError as exc:
             raise InvalidConfigError([ConfigError(own, "the file", str(exc), "GeoJSON in UTF-8")]) from exc
-        return RegionMap(read_polygons(text, file=own))
+        try:
+            return RegionMap(read_polygons(text, file=own))
+        except ConfigError as exc:
+            raise InvalidConfigError([exc]) from exc
 
 
 def load(file: Path) -> Setup:
     """Read agent.toml and the policy that it names; raises InvalidConfigError with every mistake of both."""
     mistakes: list[ConfigError] = []
-    config = load_agent(file)
-    keys = Keys.read(config.trust, file)
+    try:
+        config = load_agent(file)
+        keys = Keys.read(config.trust, file)
+    except InvalidConfigError as exc:
+        raise InvalidConfigError([*exc.mistakes, *_policy_mistakes(file)]) from exc
     policy_file = Path(config.paths.policy)
     try:
         data = keys.read_file(policy_file, Kind.POLICY)
@@ -84,7 +98,12 @@ def load(file: Path) -> Setup:
         mistakes += [*_between(config, policy, file), *_not_installed(policy, policy_file)]
         if keys and not policy.config.serial:
             mistakes.append(ConfigError(policy_file, "serial", 0, "at least 1 in a policy that has to be signed"))
-    mistakes += [*_intake(config, file), *_status_topic(config, file), *_metrics(config, file)]
+    mistakes += [
+        *_intake(config, file),
+        *_status_topic(config, file),
+        *_metrics(config, file),
+        *_positions(config, file),
+    ]
     if mistakes:
         raise InvalidConfigError(mistakes)
     return Setup(
@@ -96,6 +115,18 @@ def load(file: Path) -> Setup:
         trusted=bool(keys),
         own_borders=borders,
     )
+
+
+def _policy_mistakes(file: Path) -> Iterator[ConfigError]:
+    """The policy's, for a person who has to mend this agent.toml as well; none where it does not name a policy."""
+    try:
+        policy_file = policy_path(file)
+    except InvalidConfigError:
+        return
+    try:
+        Policy(load_policy(policy_file), policy_file)
+    except InvalidConfigError as exc:
+        yield from exc.mistakes
 
 
 def _manifest_path(config: AgentConfig) -> Path:
@@ -144,6 +175,28 @@ def _intake(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
     for one, other in pairs:
         if topics.overlap(one, other):
             yield ConfigError(file, "intake", f"{one} and {other}", "filters of which no topic matches two")
+
+
+def _positions(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
+    """Fixes whose numbers are looked for where they cannot stand are malformed, every one of them."""
+    for index, source in enumerate(config.position):
+        for key, wanted in _misplaced(source):
+            yield ConfigError(file, f"position[{index}].{key}", getattr(source, key), wanted)
+
+
+def _misplaced(source: PositionSource) -> Iterator[tuple[str, str]]:
+    """Keys of one source, each with what was wanted."""
+    optional = [key for key in ("accuracy", "time") if getattr(source, key)]
+    if source.format == "json":
+        for key in ("latitude", "longitude", *optional):
+            if not getattr(source, key).startswith("/"):
+                yield key, "a JSON pointer, as /lat"
+    elif source.format == "vss":
+        for key in ("latitude", "longitude", *(key for key in optional if key == "accuracy")):
+            if not topics.matches(source.topic, getattr(source, key)):
+                yield key, f"a topic that {source.topic} takes in"
+        if source.latitude == source.longitude:
+            yield "longitude", "another topic than the latitude's"
 
 
 def _status_topic(config: AgentConfig, file: Path) -> Iterator[ConfigError]:

@@ -23,7 +23,10 @@ class Place:
 
 
 def check(setup: Setup) -> str:
-    """What would be published where: a line per region and class, a line per rule, and warnings."""
+    """What would be published where: a line per region and class, a line per rule, and warnings.
+
+    Raises InvalidConfigError for mistakes in the policy's own borders.
+    """
     classes = list(setup.policy.config.classes)
     rows = [["region", *classes]]
     rows += [
@@ -39,6 +42,10 @@ def check(setup: Setup) -> str:
 
 def _warnings(setup: Setup) -> Iterator[str]:
     yield from setup.policy.warnings()
+    known = setup.borders().countries
+    for name, region in sorted(setup.policy.config.regions.items()):
+        for country in sorted(set(region.countries) - known):
+            yield f"regions.{name}.countries: the borders have no {country}: no record is ever of it"
     if not setup.manifest:
         yield f"model.manifest: {setup.manifest_path} does not exist or is empty: every picture will be refused"
     if not setup.trusted:

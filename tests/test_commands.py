@@ -44,6 +44,9 @@ data = ["cn"]
 """
 
 
+VSS = 'format = "vss"\nlatitude = "vss/lat"\n'
+
+
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "agent.toml").write_text(AGENT)
@@ -109,6 +112,13 @@ def test_compression_without_its_library_is_a_mistake_that_names_the_extra(files
         ('[[position]]\ntopic = "vehicle/gnss"', "", "position"),
         ("[intake]", '[credentials.us]\nusername = "x"\n[intake]', "credentials.us"),
         ("[intake]", '[metrics]\nhost = "localhost"\n[intake]', "metrics.host"),
+        ('"vehicle/gnss"', '"vehicle/gnss"\nlatitude = "lat"', "position[0].latitude"),
+        ('"vehicle/gnss"', '"vehicle/gnss"\nlongitude = ""', "position[0].longitude"),
+        ('"vehicle/gnss"', '"vehicle/gnss"\naccuracy = "acc"', "position[0].accuracy"),
+        ('"vehicle/gnss"', '"vehicle/gnss"\ntime = "ts"', "position[0].time"),
+        ('"vehicle/gnss"', f'"vss/+"\n{VSS}longitude = "other/lon"', "position[0].longitude"),
+        ('"vehicle/gnss"', f'"vss/+"\n{VSS}longitude = "vss/lat"', "position[0].longitude"),
+        ('"vehicle/gnss"', f'"vss/+"\n{VSS}longitude = "vss/lon"\naccuracy = "/acc"', "position[0].accuracy"),
         ("[intake]", '[metrics]\nhost = "0.0.0.0"\n[intake]', "metrics.host"),
         ("[intake]", "[limits]\npayload_bytes = 268435456\n[intake]", "limits.payload_bytes"),
     ],
@@ -116,6 +126,38 @@ def test_compression_without_its_library_is_a_mistake_that_names_the_extra(files
 def test_what_does_not_fit_together_is_named(files, old, new, key):
     change(files / "agent.toml", old, new)
     assert mistakes(files) == {key}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    ['topic = "vss/+"\n' + VSS + 'longitude = "vss/lon"\naccuracy = "vss/acc"', 'topic = "g"\nformat = "nmea"'],
+)
+def test_positions_that_stand_where_they_are_looked_for_are_fine(files, keys):
+    change(files / "agent.toml", 'topic = "vehicle/gnss"', keys)
+    assembly.load(files / "agent.toml")
+
+
+def test_mistake_in_agent_toml_does_not_hide_those_of_the_policy(files):
+    change(files / "agent.toml", "[intake]", '[broker]\nhsot = "x"\n[paths]\npolicy = "fleet.toml"\n[intake]')
+    (files / "policy.toml").rename(files / "fleet.toml")
+    change(files / "fleet.toml", 'data = ["cn"]', 'data = ["us"]')
+    assert mistakes(files) == {"broker.hsot", "permit.cn.data"}
+    (files / "agent.toml").write_text("not = [toml")
+    assert mistakes(files) == {"the file"}
+
+
+def test_country_that_the_borders_do_not_have_is_a_warning(files, capsys):
+    change(files / "policy.toml", '["CN"]', '["CN", "UK"]')
+    assert command_line.main(["check", str(files / "agent.toml")]) == 0
+    assert "warning: regions.cn.countries: the borders have no UK" in capsys.readouterr().out
+
+
+def test_mistake_in_own_borders_is_one_of_check_and_of_run(files, capsys):
+    (files / "own.geojson").write_text("{}")
+    change(files / "policy.toml", "[classes.data]", '[borders]\ngeojson = "own.geojson"\n[classes.data]')
+    for command in ("check", "run"):
+        assert command_line.main([command, str(files / "agent.toml")]) == 2
+        assert f"{files / 'own.geojson'}: type: found '{{}}', wanted a FeatureCollection" in capsys.readouterr().err
 
 
 def test_own_borders_replace_the_shipped_ones_and_their_mistakes_are_named(files):

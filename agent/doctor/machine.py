@@ -13,6 +13,7 @@ from pathlib import Path
 from agent.assembly import Setup
 from agent.clock import is_set
 from agent.doctor.findings import Finding
+from agent.errors import InvalidConfigError
 
 MIB = 1 << 20
 SLOW_SYNC_SECONDS = 0.25  # each group commit waits for one
@@ -124,6 +125,15 @@ def _configuration(setup: Setup) -> Iterator[Finding]:
         if known and known.st_mode & OTHERS_WRITE:
             advice = f"whoever can write it decides what leaves the vehicle: chmod go-w {file}"
             yield Finding(name="permissions", detail=f"{file} can be written by others than its owner", advice=advice)
+
+
+def borders(setup: Setup) -> Finding:
+    """Whether the polygons can be used."""
+    try:
+        known = setup.borders().countries
+    except InvalidConfigError as exc:
+        return Finding(name="borders", detail=str(exc), advice="mend the file, or leave borders.geojson out")
+    return Finding(name="borders", detail=f"{len(known)} countries")
 
 
 def extras(setup: Setup) -> Finding:

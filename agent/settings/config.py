@@ -237,9 +237,18 @@ def shipped_manifest() -> Path:
 
 def state_folder(path: Path) -> Path:
     """Where the agent of this agent.toml keeps its state, also when the rest of the file is in disorder."""
+    return _named(path, "state", default="state")
+
+
+def policy_path(path: Path) -> Path:
+    """Where the policy of this agent.toml is, also when the rest of the file is in disorder."""
+    return _named(path, "policy", default="policy.toml")
+
+
+def _named(path: Path, key: str, *, default: str) -> Path:
     paths = _toml(path, _read(path)).get("paths", {})
-    state = paths.get("state") if isinstance(paths, dict) else None
-    return path.absolute().parent / (state if isinstance(state, str) and state else "state")
+    name = paths.get(key) if isinstance(paths, dict) else None
+    return path.absolute().parent / (name if isinstance(name, str) and name else default)
 
 
 def _read(path: Path) -> bytes:
