@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from agent.assembly import Setup
+from agent.policy import is_loopback
 from agent.settings import typed
 from agent.settings.config import AgentConfig
 from agent.settings.policy_config import PolicyConfig
@@ -75,7 +76,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def egress_rules(setup: Setup) -> str:
-    """A systemd drop-in that lets the agent reach its endpoints' networks and nothing else."""
+    """A systemd drop-in that lets the agent reach the in-car broker and its endpoints' networks, and nothing else."""
     lines = [
         f"# Written by `residency-agent egress-rules` from policy {setup.policy.version}.",
         "# /etc/systemd/system/residency-agent.service.d/egress.conf",
@@ -83,16 +84,23 @@ def egress_rules(setup: Setup) -> str:
         "IPAddressDeny=any",
         "IPAddressAllow=localhost",
     ]
+    broker = setup.config.broker.host
+    wanted = "write IPAddressAllow= with its address here, or name the address instead"
+    lines += _allowed(broker, f"# broker.host: {broker} is a name: {wanted}")
     for name, endpoint in sorted(setup.policy.endpoints.items()):
-        networks = endpoint.networks or _own_address(endpoint.host)
-        lines += [f"IPAddressAllow={network}" for network in networks]
-        if not networks:
-            lines.append(f"# endpoints.{name}: {endpoint.host} has no `networks`, so nothing can be allowed for it")
+        host = endpoint.host
+        if endpoint.networks:
+            lines += [f"IPAddressAllow={network}" for network in endpoint.networks]
+        else:
+            lines += _allowed(host, f"# endpoints.{name}: {host} has no `networks`, so nothing can be allowed for it")
     return "\n".join(lines)
 
 
-def _own_address(host: str) -> list[str]:
+def _allowed(host: str, otherwise: str) -> Iterator[str]:
+    """What a host needs beside loopback; `otherwise` for a name, since systemd asks no DNS."""
+    if is_loopback(host):
+        return
     try:
-        return [str(ipaddress.ip_address(host))]
+        yield f"IPAddressAllow={ipaddress.ip_address(host)}"
     except ValueError:
-        return []
+        yield otherwise

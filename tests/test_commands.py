@@ -206,6 +206,41 @@ def test_egress_rules_allow_the_networks_of_the_policy_and_nothing_else(files):
     assert any("mqtt.example.com has no `networks`" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("host", "line"),
+    [
+        ("192.168.5.1", "IPAddressAllow=192.168.5.1"),
+        ("fd00::1", "IPAddressAllow=fd00::1"),
+        ("broker.lan", "# broker.host: broker.lan is a name: write IPAddressAllow= with its address here"),
+        ("localhost", ""),
+        ("::1", ""),
+    ],
+)
+def test_egress_rules_do_not_cut_off_the_in_car_broker(files, host, line):
+    before = commands.egress_rules(assembly.load(files / "agent.toml")).splitlines()
+    change(files / "agent.toml", "[intake]", f'[broker]\nhost = "{host}"\n[intake]')
+    after = commands.egress_rules(assembly.load(files / "agent.toml")).splitlines()
+    added = [row for row in after if row not in before]
+    assert len(added) == bool(line)
+    assert all(row.startswith(line) for row in added)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('"mqtt.example.com"', '"x\\nExecStartPre=+/bin/evil"', "endpoints.eu.host"),
+        ('"mqtt.example.com"', '"mqtt.example.com\\n"', "endpoints.eu.host"),
+        ('"192.0.2.0/24"', '"fe80::1%a\\nExecStartPre=+/bin/evil"', "endpoints.cn.networks"),
+        ("[endpoints.eu]", '[endpoints."eu\\nExecStartPre=+/bin/evil"]', "endpoints"),
+        ('version = "1"', 'version = "1\\n"', "version"),
+        ('"CN"', '"CN\\n"', "regions.cn.countries"),
+    ],
+)
+def test_no_name_of_the_policy_becomes_a_line_of_the_units(files, old, new, key):
+    change(files / "policy.toml", old, new)
+    assert mistakes(files) == {key}
+
+
 def test_status_of_an_agent_that_never_ran_is_a_clear_error(files, capsys):
     assert command_line.main(["status", str(files / "agent.toml")]) == 1
     assert "ledger.sqlite" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from agent.errors import ConfigError, InvalidConfigError
 from agent.settings.policy_config import PolicyConfig
-from agent.settings.tables import CountryOrNone, Port, Positive, Seconds, Table, Text
+from agent.settings.tables import CountryOrNone, Port, Positive, Seconds, Table, Text, Word
 from agent.settings.typed import convert
 
 MIB = 1 << 20
@@ -37,7 +37,7 @@ class Vehicle(Table, frozen=True, kw_only=True):
 class Broker(Table, frozen=True, kw_only=True):
     """[broker]: the in-car broker."""
 
-    host: Annotated[Text, Meta(description="In-car broker")] = "127.0.0.1"
+    host: Annotated[Word, Meta(description="In-car broker")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="Its MQTT port")] = 1883
     protocol: Annotated[Literal["5", "3.1.1"], Meta(description="MQTT version of the in-car broker")] = "5"
     client_id: Annotated[Text, Meta(description="Prefix of the client ids of both sessions")] = "residency-agent"

@@ -62,6 +62,9 @@ def _value(place: _Place, found: object, wanted: Any) -> object:  # noqa: ANN401
 def _table_of_structs(place: _Place, found: object, wanted: type[msgspec.Struct]) -> object:
     if not isinstance(found, Mapping):
         return place.mistake(found, "a table of tables")
+    for key in found:
+        if not key or any(character.isspace() or not character.isprintable() for character in key):
+            place.mistake(key, "names without white space and control characters")
     return {key: _struct(place.at(key), value, wanted) for key, value in found.items()}
 
 
