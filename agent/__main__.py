@@ -25,6 +25,8 @@ from agent.wire import asyncapi
 log = logging.getLogger(__name__)
 Run = Callable[[argparse.Namespace], int]
 
+SOUTHERN = re.compile(r"-[\d.]")  # how a latitude south of the equator begins
+
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
 
@@ -46,7 +48,7 @@ INIT = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         return int(arguments.run(arguments))
     except InvalidConfigError as exc:
@@ -55,6 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AgentError as exc:
         print(f"residency-agent: {exc}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """`--at -33.86,151.2,10` as `--at=-33.86,151.2,10`: argparse takes a word that begins with - for an option."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] == "--at" and SOUTHERN.match(word):
+            joined[-1] = f"--at={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _parser() -> argparse.ArgumentParser:
