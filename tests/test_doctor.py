@@ -223,6 +223,17 @@ def test_credential_that_only_systemd_gives_says_so(setup):
     assert "LoadCredential=" in found.advice
 
 
+def test_credential_that_systemd_gives_by_an_acl_is_fine(setup, tmp_path, monkeypatch):
+    secret = tmp_path / "keys_signing.pem"
+    secret.write_text("s")
+    secret.chmod(0o440)
+    given = configured(setup, signing={"key_file": str(secret)})
+    assert next(machine.permissions(given)).advice
+    monkeypatch.setattr(machine, "CREDENTIALS", f"{tmp_path}/")
+    (found,) = machine.permissions(given)
+    assert found.advice == ""
+
+
 def test_borders_that_cannot_be_used_are_a_finding(setup):
     assert machine.borders(setup).advice == ""
     found = machine.borders(replace(setup, own_borders=b"{}"))
