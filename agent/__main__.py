@@ -27,6 +27,8 @@ Run = Callable[[argparse.Namespace], int]
 
 SOUTHERN = re.compile(r"-[\d.]")  # how a latitude south of the equator begins
 
+LAST_PORT = 65_535
+
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
 
@@ -41,7 +43,7 @@ DOCTOR = (
     "residency-agent doctor agent.toml --in eea --in ch",
 )
 INIT = (
-    "residency-agent init /etc/residency-agent --regions cn,hk,eea --vehicle urn:example:car-7 --registration CN",
+    "residency-agent init draft --regions cn,hk,eea --vehicle urn:example:car-7 --registration CN",
     "residency-agent init car --regions cn --vehicle urn:example:car-7 --state state --endpoint cn=127.0.0.1:18841",
 )
 
@@ -203,6 +205,8 @@ def _broker(text: str) -> first_day.Broker:
     host, _, port = text.rpartition(":") if re.search(r"[^:]:\d+$|\]:\d+$", text) else (text, "", "")
     if not host:
         raise argparse.ArgumentTypeError(f"{text!r}: a host, as in mqtt.example.com or 127.0.0.1:1883")
+    if port and not 1 <= int(port) <= LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r}: a port from 1 to {LAST_PORT}")
     return first_day.Broker(host=host.strip("[]"), port=int(port) if port else None)
 
 
