@@ -25,6 +25,10 @@ from agent.wire import asyncapi
 log = logging.getLogger(__name__)
 Run = Callable[[argparse.Namespace], int]
 
+SOUTHERN = re.compile(r"-[\d.]")  # how a latitude south of the equator begins
+
+LAST_PORT = 65_535
+
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
 
@@ -39,14 +43,14 @@ DOCTOR = (
     "residency-agent doctor agent.toml --in eea --in ch",
 )
 INIT = (
-    "residency-agent init /etc/residency-agent --regions cn,hk,eea --vehicle urn:example:car-7 --registration CN",
+    "residency-agent init draft --regions cn,hk,eea --vehicle urn:example:car-7 --registration CN",
     "residency-agent init car --regions cn --vehicle urn:example:car-7 --state state --endpoint cn=127.0.0.1:18841",
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         return int(arguments.run(arguments))
     except InvalidConfigError as exc:
@@ -55,6 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AgentError as exc:
         print(f"residency-agent: {exc}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """`--at -33.86,151.2,10` as `--at=-33.86,151.2,10`: argparse takes a word that begins with - for an option."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] == "--at" and SOUTHERN.match(word):
+            joined[-1] = f"--at={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -190,6 +205,8 @@ def _broker(text: str) -> first_day.Broker:
     host, _, port = text.rpartition(":") if re.search(r"[^:]:\d+$|\]:\d+$", text) else (text, "", "")
     if not host:
         raise argparse.ArgumentTypeError(f"{text!r}: a host, as in mqtt.example.com or 127.0.0.1:1883")
+    if port and not 1 <= int(port) <= LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r}: a port from 1 to {LAST_PORT}")
     return first_day.Broker(host=host.strip("[]"), port=int(port) if port else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -14,7 +15,15 @@ from agent.errors import ConfigError, InvalidConfigError
 from agent.places.geojson import read_polygons
 from agent.places.regions import RegionMap
 from agent.policy import Policy
-from agent.settings.config import AgentConfig, load_agent, parse_policy, shipped_manifest
+from agent.settings.config import (
+    AgentConfig,
+    PositionSource,
+    load_agent,
+    load_policy,
+    parse_policy,
+    policy_path,
+    shipped_manifest,
+)
 from agent.trust import Keys
 from agent.wire.detached import Kind
 
@@ -63,14 +72,20 @@ class Setup:
             text = self.own_borders.decode("utf-8")
         except UnicodeDecodeError as exc:
             raise InvalidConfigError([ConfigError(own, "the file", str(exc), "GeoJSON in UTF-8")]) from exc
-        return RegionMap(read_polygons(text, file=own))
+        try:
+            return RegionMap(read_polygons(text, file=own))
+        except ConfigError as exc:
+            raise InvalidConfigError([exc]) from exc
 
 
 def load(file: Path) -> Setup:
     """Read agent.toml and the policy that it names; raises InvalidConfigError with every mistake of both."""
     mistakes: list[ConfigError] = []
-    config = load_agent(file)
-    keys = Keys.read(config.trust, file)
+    try:
+        config = load_agent(file)
+        keys = Keys.read(config.trust, file)
+    except InvalidConfigError as exc:
+        raise InvalidConfigError([*exc.mistakes, *_policy_mistakes(file)]) from exc
     policy_file = Path(config.paths.policy)
     try:
         data = keys.read_file(policy_file, Kind.POLICY)
@@ -83,7 +98,12 @@ def load(file: Path) -> Setup:
         mistakes += [*_between(config, policy, file), *_not_installed(policy, policy_file)]
         if keys and not policy.config.serial:
             mistakes.append(ConfigError(policy_file, "serial", 0, "at least 1 in a policy that has to be signed"))
-    mistakes += [*_intake(config, file), *_status_topic(config, file)]
+    mistakes += [
+        *_intake(config, file),
+        *_status_topic(config, file),
+        *_metrics(config, file),
+        *_positions(config, file),
+    ]
     if mistakes:
         raise InvalidConfigError(mistakes)
     return Setup(
@@ -97,6 +117,18 @@ def load(file: Path) -> Setup:
     )
 
 
+def _policy_mistakes(file: Path) -> Iterator[ConfigError]:
+    """The policy's, for a person who has to mend this agent.toml as well; none where it does not name a policy."""
+    try:
+        policy_file = policy_path(file)
+    except InvalidConfigError:
+        return
+    try:
+        Policy(load_policy(policy_file), policy_file)
+    except InvalidConfigError as exc:
+        yield from exc.mistakes
+
+
 def _manifest_path(config: AgentConfig) -> Path:
     return Path(config.model.manifest) if config.model.manifest else shipped_manifest()
 
@@ -104,7 +136,28 @@ def _manifest_path(config: AgentConfig) -> Path:
 def _manifest(config: AgentConfig, keys: Keys, file: Path) -> bytes:
     """The manifest, verified where it must be signed; empty for one that is missing and need not be."""
     path, signed = _manifest_path(config), keys if config.trust.model else Keys()
-    return signed.read_file(path, Kind.MODEL, (file, "model.manifest")) if signed or path.is_file() else b""
+    if not signed and _is_missing(path):
+        return b""
+    return signed.read_file(path, Kind.MODEL, (file, "model.manifest"))
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether nothing is there; what may not be looked at is not missing."""
+    try:
+        path.stat()
+    except OSError as exc:
+        return isinstance(exc, FileNotFoundError)
+    return False
+
+
+def _metrics(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
+    """Nothing is served beyond the vehicle (`metrics`)."""
+    try:
+        served = ipaddress.ip_address(config.metrics.host).is_loopback
+    except ValueError:
+        served = False
+    if not served:
+        yield ConfigError(file, "metrics.host", config.metrics.host, "a loopback address, as 127.0.0.1 or ::1")
 
 
 def _intake(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
@@ -127,6 +180,28 @@ def _intake(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
         if topics.overlap(one, other) and not (topics.covers(one, other) or topics.covers(other, one)):
             wanted = "filters that no topic matches both, or one that covers the other: a message must come once"
             yield ConfigError(file, "position", f"{one} and {other}", wanted)
+
+
+def _positions(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
+    """Fixes whose numbers are looked for where they cannot stand are malformed, every one of them."""
+    for index, source in enumerate(config.position):
+        for key, wanted in _misplaced(source):
+            yield ConfigError(file, f"position[{index}].{key}", getattr(source, key), wanted)
+
+
+def _misplaced(source: PositionSource) -> Iterator[tuple[str, str]]:
+    """Keys of one source, each with what was wanted."""
+    optional = [key for key in ("accuracy", "time") if getattr(source, key)]
+    if source.format == "json":
+        for key in ("latitude", "longitude", *optional):
+            if not getattr(source, key).startswith("/"):
+                yield key, "a JSON pointer, as /lat"
+    elif source.format == "vss":
+        for key in ("latitude", "longitude", *(key for key in optional if key == "accuracy")):
+            if not topics.matches(source.topic, getattr(source, key)):
+                yield key, f"a topic that {source.topic} takes in"
+        if source.latitude == source.longitude:
+            yield "longitude", "another topic than the latitude's"
 
 
 def _status_topic(config: AgentConfig, file: Path) -> Iterator[ConfigError]:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 SECOND = 10**9
 GOODBYE_SECONDS = 1.0  # for which the broker's answer to the last message is waited for
 PUBACK_SECONDS = 10.0
+STABLE_SECONDS = 30.0  # a connection that lived so long is tried again with the shortest delay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +59,13 @@ class Beacon:
         waits = delays(random.random)
         await self._known.wait()
         while True:
+            started = time.monotonic()
             try:
                 await self._serve()
             except (AgentError, TimeoutError) as exc:
                 log.warning("beacon.lost", extra={"reason": str(exc) or type(exc).__name__})
+            if time.monotonic() - started > STABLE_SECONDS:
+                waits = delays(random.random)
             await asyncio.sleep(next(waits))
 
     async def _serve(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from agent.assembly import Setup
+from agent.policy import is_loopback
 from agent.settings import typed
 from agent.settings.config import AgentConfig
 from agent.settings.policy_config import PolicyConfig
@@ -23,7 +24,10 @@ class Place:
 
 
 def check(setup: Setup) -> str:
-    """What would be published where: a line per region and class, a line per rule, and warnings."""
+    """What would be published where: a line per region and class, a line per rule, and warnings.
+
+    Raises InvalidConfigError for mistakes in the policy's own borders.
+    """
     classes = list(setup.policy.config.classes)
     rows = [["region", *classes]]
     rows += [
@@ -39,8 +43,12 @@ def check(setup: Setup) -> str:
 
 def _warnings(setup: Setup) -> Iterator[str]:
     yield from setup.policy.warnings()
-    if not setup.manifest_path.is_file():
-        yield f"model.manifest: {setup.manifest_path} does not exist: every picture will be refused"
+    known = setup.borders().countries
+    for name, region in sorted(setup.policy.config.regions.items()):
+        for country in sorted(set(region.countries) - known):
+            yield f"regions.{name}.countries: the borders have no {country}: no record is ever of it"
+    if not setup.manifest:
+        yield f"model.manifest: {setup.manifest_path} does not exist or is empty: every picture will be refused"
     if not setup.trusted:
         yield "trust.keys_file is empty: whoever can write the policy decides what leaves"
     if not setup.config.signing.key_file:
@@ -68,7 +76,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def egress_rules(setup: Setup) -> str:
-    """A systemd drop-in that lets the agent reach its endpoints' networks and nothing else."""
+    """A systemd drop-in that lets the agent reach the in-car broker and its endpoints' networks, and nothing else."""
     lines = [
         f"# Written by `residency-agent egress-rules` from policy {setup.policy.version}.",
         "# /etc/systemd/system/residency-agent.service.d/egress.conf",
@@ -76,16 +84,23 @@ def egress_rules(setup: Setup) -> str:
         "IPAddressDeny=any",
         "IPAddressAllow=localhost",
     ]
+    broker = setup.config.broker.host
+    wanted = "write IPAddressAllow= with its address here, or name the address instead"
+    lines += _allowed(broker, f"# broker.host: {broker} is a name: {wanted}")
     for name, endpoint in sorted(setup.policy.endpoints.items()):
-        networks = endpoint.networks or _own_address(endpoint.host)
-        lines += [f"IPAddressAllow={network}" for network in networks]
-        if not networks:
-            lines.append(f"# endpoints.{name}: {endpoint.host} has no `networks`, so nothing can be allowed for it")
+        host = endpoint.host
+        if endpoint.networks:
+            lines += [f"IPAddressAllow={network}" for network in endpoint.networks]
+        else:
+            lines += _allowed(host, f"# endpoints.{name}: {host} has no `networks`, so nothing can be allowed for it")
     return "\n".join(lines)
 
 
-def _own_address(host: str) -> list[str]:
+def _allowed(host: str, otherwise: str) -> Iterator[str]:
+    """What a host needs beside loopback; `otherwise` for a name, since systemd asks no DNS."""
+    if is_loopback(host):
+        return
     try:
-        return [str(ipaddress.ip_address(host))]
+        yield f"IPAddressAllow={ipaddress.ip_address(host)}"
     except ValueError:
-        return []
+        yield otherwise

@@ -82,7 +82,7 @@ class _Reach:
 async def run(setup: Setup) -> int:
     """Run until a signal; the exit status. Raises AgentError where the agent cannot start."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(SIDE_THREADS, thread_name_prefix="side"))
-    await asyncio.to_thread(Path(setup.config.paths.state).mkdir, mode=0o700, parents=True, exist_ok=True)
+    await asyncio.to_thread(_make_folder, Path(setup.config.paths.state))
     stop, reload = _on_signals()
     async with contextlib.AsyncExitStack() as stack:
         parts = await _assemble(setup, stack, reload)
@@ -94,6 +94,13 @@ async def run(setup: Setup) -> int:
                 raise
             raise first(expected) from group
     return 0
+
+
+def _make_folder(state: Path) -> None:
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise AgentError(f"paths.state: {state}: {exc.strerror}") from exc
 
 
 def first(group: BaseExceptionGroup[E]) -> E:

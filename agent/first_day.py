@@ -63,7 +63,7 @@ def write(folder: Path, wish: Wish) -> list[Path]:
     files = {folder / "agent.toml": agent_toml(wish), folder / "policy.toml": policy_toml(wish)}
     for file in files:
         if file.exists():
-            raise AgentError(f"{file} is there already and is not overwritten")
+            raise AgentError(f"{file} is there already and is not overwritten: name another folder, or move it away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
@@ -82,6 +82,8 @@ def _check(wish: Wish) -> None:
             raise AgentError(f"{name!r} is no region of the example policy: {', '.join(known)}")
     for name in wish.endpoints.keys() - set(wish.regions):
         raise AgentError(f"endpoint {name!r} belongs to none of the chosen regions")
+    if len(set(wish.regions)) != len(wish.regions):
+        raise AgentError(f"each region once, not {','.join(wish.regions)}")
     if not wish.regions:
         raise AgentError(f"at least one region is needed: {', '.join(known)}")
     countries = {

@@ -171,12 +171,6 @@ class Policy:
         found = (self.config.regions[name].reach for name in regions if name in self.config.regions)
         return all(not reach or endpoint in reach for reach in found)
 
-    def table(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """(region, data class, endpoints) of every combination, permitted or not."""
-        for region in self.everywhere:
-            for data_class in self.config.classes:
-                yield region, data_class, self.permitted((region,), data_class)
-
     def warnings(self) -> Iterator[str]:
         """What is legal but probably not meant."""
         rules = self.config.rules

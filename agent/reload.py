@@ -131,13 +131,22 @@ class Reloader:
                 self._due.clear()
 
     async def _reload(self, start: Start) -> None:
-        prepared, old = await asyncio.to_thread(self._prepare), self.worker
+        prepared, old = await asyncio.to_thread(self._read), self.worker
         new = await self._worker(prepared.setup)
         try:
             await self._change(prepared, new, start)
         finally:
             for unused in {old, new} - {self.worker}:
                 await unused.close()
+
+    def _read(self) -> Prepared:
+        """`_prepare`, where no file can end the agent; raises AgentError."""
+        try:
+            return self._prepare()
+        except AgentError:
+            raise
+        except Exception as exc:  # a mistake of the agent's own; nothing has changed yet
+            raise AgentError(f"the configuration could not be read: {type(exc).__name__}") from exc
 
     def _prepare(self) -> Prepared:
         setup = assembly.load(self.setup.file)

@@ -91,6 +91,9 @@ def _connections(content: Mapping[str, Any]) -> Iterator[str]:
         yield f"endpoint    {name}: {state}, {endpoint['in_flight']} in flight{slow}"
         if endpoint.get("certificate"):
             yield f"            OLD CERTIFICATE in use, the new one does not work: {endpoint['certificate']}"
+    fixes = content.get("fixes")
+    if fixes:
+        yield f"fixes       {fixes['accepted']} accepted, {fixes['malformed']} malformed"
     for name, session in sorted(content.get("sessions", {}).items()):
         slow = _mostly(session.get("durable_seconds", {}), "durable")
         yield f"intake      {name}: {'connected' if session['connected'] else 'not connected'}{slow}"

@@ -7,9 +7,10 @@ import signal
 import pytest
 from harness import SHENZHEN, Client, car
 
-from agent import assembly
-from agent.beacon import summary
-from agent.errors import InvalidConfigError
+from agent import assembly, beacon
+from agent.beacon import Beacon, BeaconOptions, summary
+from agent.errors import EndpointError, InvalidConfigError
+from agent.mqtt.packets import Session
 
 TOPIC = "residency-agent/status"
 MOST_BYTES = 1024
@@ -86,6 +87,27 @@ async def test_status_says_neither_where_the_vehicle_is_nor_who(it, patience):
             text = message.payload.decode()
             for secret in ("urn:test", '"car"', "cn", "hk", "vehicle/", "22.6", "114.0"):
                 assert secret not in text
+
+
+async def test_after_a_stable_connection_the_next_is_tried_without_the_delay_of_losses_before(patience, monkeypatch):
+    monkeypatch.setattr(beacon, "STABLE_SECONDS", -1.0)
+    monkeypatch.setattr(beacon, "delays", lambda _: iter([0.0, 1e6]))
+    served = asyncio.Queue()
+
+    class Losing(Beacon):
+        async def _serve(self):
+            served.put_nowait(None)
+            raise EndpointError("lost")
+
+    session = Session(host="127.0.0.1", port=1, client_id="x")
+    losing = Losing(BeaconOptions(session=session, topic=TOPIC, interval_s=1.0))
+    losing.update({})
+    running = asyncio.create_task(losing.run_loop())
+    async with asyncio.timeout(patience):
+        for _ in range(4):
+            await served.get()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 def test_status_topic_that_the_agent_would_take_in_again_is_a_mistake(tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 import json
 import os
@@ -42,6 +43,9 @@ host = "198.51.100.7"
 [permit.cn]
 data = ["cn"]
 """
+
+
+VSS = 'format = "vss"\nlatitude = "vss/lat"\n'
 
 
 @pytest.fixture
@@ -108,6 +112,16 @@ def test_compression_without_its_library_is_a_mistake_that_names_the_extra(files
         ('name = "one"', 'name = "one"\nregistration = "FR"', "vehicle.registration"),
         ('[[position]]\ntopic = "vehicle/gnss"', "", "position"),
         ("[intake]", '[credentials.us]\nusername = "x"\n[intake]', "credentials.us"),
+        ("[intake]", '[metrics]\nhost = "localhost"\n[intake]', "metrics.host"),
+        ('"vehicle/gnss"', '"vehicle/gnss"\nlatitude = "lat"', "position[0].latitude"),
+        ('"vehicle/gnss"', '"vehicle/gnss"\nlongitude = ""', "position[0].longitude"),
+        ('"vehicle/gnss"', '"vehicle/gnss"\naccuracy = "acc"', "position[0].accuracy"),
+        ('"vehicle/gnss"', '"vehicle/gnss"\ntime = "ts"', "position[0].time"),
+        ('"vehicle/gnss"', f'"vss/+"\n{VSS}longitude = "other/lon"', "position[0].longitude"),
+        ('"vehicle/gnss"', f'"vss/+"\n{VSS}longitude = "vss/lat"', "position[0].longitude"),
+        ('"vehicle/gnss"', f'"vss/+"\n{VSS}longitude = "vss/lon"\naccuracy = "/acc"', "position[0].accuracy"),
+        ("[intake]", '[metrics]\nhost = "0.0.0.0"\n[intake]', "metrics.host"),
+        ("[intake]", "[limits]\npayload_bytes = 268435456\n[intake]", "limits.payload_bytes"),
     ],
 )
 def test_what_does_not_fit_together_is_named(files, old, new, key):
@@ -157,6 +171,38 @@ def test_field_rules_are_those_of_the_rule_that_decides(files):
     assert apply_field_rules(b'{"vin":"LSV","driver":"A","debug":1}', known[1]) == b'{"debug":1}'
 
 
+@pytest.mark.parametrize(
+    "keys",
+    ['topic = "vss/+"\n' + VSS + 'longitude = "vss/lon"\naccuracy = "vss/acc"', 'topic = "g"\nformat = "nmea"'],
+)
+def test_positions_that_stand_where_they_are_looked_for_are_fine(files, keys):
+    change(files / "agent.toml", 'topic = "vehicle/gnss"', keys)
+    assembly.load(files / "agent.toml")
+
+
+def test_mistake_in_agent_toml_does_not_hide_those_of_the_policy(files):
+    change(files / "agent.toml", "[intake]", '[broker]\nhsot = "x"\n[paths]\npolicy = "fleet.toml"\n[intake]')
+    (files / "policy.toml").rename(files / "fleet.toml")
+    change(files / "fleet.toml", 'data = ["cn"]', 'data = ["us"]')
+    assert mistakes(files) == {"broker.hsot", "permit.cn.data"}
+    (files / "agent.toml").write_text("not = [toml")
+    assert mistakes(files) == {"the file"}
+
+
+def test_country_that_the_borders_do_not_have_is_a_warning(files, capsys):
+    change(files / "policy.toml", '["CN"]', '["CN", "UK"]')
+    assert command_line.main(["check", str(files / "agent.toml")]) == 0
+    assert "warning: regions.cn.countries: the borders have no UK" in capsys.readouterr().out
+
+
+def test_mistake_in_own_borders_is_one_of_check_and_of_run(files, capsys):
+    (files / "own.geojson").write_text("{}")
+    change(files / "policy.toml", "[classes.data]", '[borders]\ngeojson = "own.geojson"\n[classes.data]')
+    for command in ("check", "run"):
+        assert command_line.main([command, str(files / "agent.toml")]) == 2
+        assert f"{files / 'own.geojson'}: type: found '{{}}', wanted a FeatureCollection" in capsys.readouterr().err
+
+
 def test_own_borders_replace_the_shipped_ones_and_their_mistakes_are_named(files):
     square = [[[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]]
     feature = {
@@ -173,12 +219,69 @@ def test_own_borders_replace_the_shipped_ones_and_their_mistakes_are_named(files
         assembly.load(files / "agent.toml").borders()
 
 
+def test_manifest_that_is_missing_is_a_warning_and_one_that_may_not_be_read_is_a_mistake(files, capsys, monkeypatch):
+    change(files / "agent.toml", "[intake]", '[model]\nmanifest = "absent.json"\n[intake]')
+    assert command_line.main(["check", str(files / "agent.toml")]) == 0
+    assert "absent.json does not exist or is empty" in capsys.readouterr().out
+    stat, read = Path.stat, Path.read_bytes
+
+    def closed(path, do):
+        if path.name == "absent.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return do(path)
+
+    monkeypatch.setattr(Path, "stat", lambda path, **_: closed(path, stat))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: closed(path, read))
+    assert mistakes(files) == {"model.manifest"}
+
+
+def test_state_folder_that_cannot_be_made_is_named(files, capsys):
+    change(files / "agent.toml", "[intake]", '[paths]\nstate = "policy.toml"\n[intake]')
+    assert command_line.main(["run", str(files / "agent.toml")]) == 1
+    assert f"paths.state: {files / 'policy.toml'}: File exists" in capsys.readouterr().err
+
+
 def test_egress_rules_allow_the_networks_of_the_policy_and_nothing_else(files):
     lines = commands.egress_rules(assembly.load(files / "agent.toml")).splitlines()
     allowed = {line.removeprefix("IPAddressAllow=") for line in lines if line.startswith("IPAddressAllow=")}
     assert allowed == {"localhost", "192.0.2.0/24", "2001:db8::/32", "198.51.100.7"}
     assert "IPAddressDeny=any" in lines
     assert any("mqtt.example.com has no `networks`" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("host", "line"),
+    [
+        ("192.168.5.1", "IPAddressAllow=192.168.5.1"),
+        ("fd00::1", "IPAddressAllow=fd00::1"),
+        ("broker.lan", "# broker.host: broker.lan is a name: write IPAddressAllow= with its address here"),
+        ("localhost", ""),
+        ("::1", ""),
+    ],
+)
+def test_egress_rules_do_not_cut_off_the_in_car_broker(files, host, line):
+    before = commands.egress_rules(assembly.load(files / "agent.toml")).splitlines()
+    change(files / "agent.toml", "[intake]", f'[broker]\nhost = "{host}"\n[intake]')
+    after = commands.egress_rules(assembly.load(files / "agent.toml")).splitlines()
+    added = [row for row in after if row not in before]
+    assert len(added) == bool(line)
+    assert all(row.startswith(line) for row in added)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('"mqtt.example.com"', '"x\\nExecStartPre=+/bin/evil"', "endpoints.eu.host"),
+        ('"mqtt.example.com"', '"mqtt.example.com\\n"', "endpoints.eu.host"),
+        ('"192.0.2.0/24"', '"fe80::1%a\\nExecStartPre=+/bin/evil"', "endpoints.cn.networks"),
+        ("[endpoints.eu]", '[endpoints."eu\\nExecStartPre=+/bin/evil"]', "endpoints"),
+        ('version = "1"', 'version = "1\\n"', "version"),
+        ('"CN"', '"CN\\n"', "regions.cn.countries"),
+    ],
+)
+def test_no_name_of_the_policy_becomes_a_line_of_the_units(files, old, new, key):
+    change(files / "policy.toml", old, new)
+    assert mistakes(files) == {key}
 
 
 def test_status_of_an_agent_that_never_ran_is_a_clear_error(files, capsys):

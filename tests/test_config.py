@@ -51,6 +51,13 @@ def test_every_mistake_is_named_with_key_found_and_wanted(tmp_path):
     assert found["position[0].topic"].found == "nothing"
 
 
+def test_value_of_an_unknown_key_is_not_told(tmp_path):
+    (tmp_path / "agent.toml").write_text(MINIMAL + '[broker]\npassword = "hunter2"\n[brokr]\npassword = "hunter2"\n')
+    with pytest.raises(InvalidConfigError, match=r"broker\.password: found 'an unknown key'") as caught:
+        load_agent(tmp_path / "agent.toml")
+    assert "hunter2" not in str(caught.value)
+
+
 def test_missing_tables_and_wrong_shapes_are_named(tmp_path):
     assert set(mistakes(tmp_path, "")) == {"vehicle", "intake"}
     assert set(mistakes(tmp_path, MINIMAL + "credentials = 3\n")) == {"intake.credentials"}

@@ -41,7 +41,17 @@ async def findings(setup, regions=()):
 async def test_doctor_finds_nothing_wrong_with_a_working_car(tmp_path, patience):
     async with asyncio.timeout(2 * patience), car(tmp_path) as it:
         found = await findings(assembly.load(it.config))
-    wanted = {"clock", "disk", "permissions", "metrics", "in-car broker", "endpoint cn", "endpoint hk", "model"}
+    wanted = {
+        "clock",
+        "disk",
+        "permissions",
+        "borders",
+        "metrics",
+        "in-car broker",
+        "endpoint cn",
+        "endpoint hk",
+        "model",
+    }
     assert set(found) == wanted
     assert all(not finding.advice for finding in found.values()), [str(finding) for finding in found.values()]
     assert str(found["endpoint cn"]).startswith("ok    endpoint cn: ")
@@ -211,6 +221,24 @@ def test_credential_that_only_systemd_gives_says_so(setup):
     given = configured(setup, signing={"key_file": "/run/credentials/residency-agent.service/signing-key"})
     (found,) = machine.permissions(given)
     assert "LoadCredential=" in found.advice
+
+
+def test_credential_that_systemd_gives_by_an_acl_is_fine(setup, tmp_path, monkeypatch):
+    secret = tmp_path / "keys_signing.pem"
+    secret.write_text("s")
+    secret.chmod(0o440)
+    given = configured(setup, signing={"key_file": str(secret)})
+    assert next(machine.permissions(given)).advice
+    monkeypatch.setattr(machine, "CREDENTIALS", f"{tmp_path}/")
+    (found,) = machine.permissions(given)
+    assert found.advice == ""
+
+
+def test_borders_that_cannot_be_used_are_a_finding(setup):
+    assert machine.borders(setup).advice == ""
+    found = machine.borders(replace(setup, own_borders=b"{}"))
+    assert "FeatureCollection" in found.detail
+    assert found.advice
 
 
 def test_metrics_without_their_library_are_a_finding(setup, monkeypatch):

@@ -196,6 +196,17 @@ def test_basis_is_named_where_it_is_not_the_position(ask):
     assert "position" not in found
 
 
+def test_places_south_of_the_equator_are_taken_with_and_without_an_equals_sign(tmp_path, capsys):
+    (tmp_path / "agent.toml").write_text(AGENT)
+    (tmp_path / "policy.toml").write_text(POLICY)
+    sydney, told = "-33.86,151.2,10", []
+    for words in (["--at", sydney], [f"--at={sydney}"]):
+        arguments = ["explain", str(tmp_path / "agent.toml"), "--topic", "a", "--time", TEN, *words]
+        assert command_line.main(arguments) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize(
     ("option", "wrong"),
     [

@@ -95,6 +95,7 @@ def test_file_that_is_there_is_not_overwritten_and_nothing_is_written_beside_it(
         ({"regions": ("cn", "atlantis")}, "'atlantis' is no region of the example policy: cn, hk"),
         ({"regions": ()}, "at least one region"),
         ({"endpoints": {"us": Broker(host="x")}}, "'us' belongs to none"),
+        ({"regions": ("cn", "cn")}, "each region once, not cn,cn"),
         ({"registration": "DE"}, "'DE' is a country of none"),
         ({"vehicle": "urn:example:"}, "pseudonym"),
     ],
@@ -124,7 +125,16 @@ def test_command_writes_what_it_says(tmp_path, capsys):
     assert "not overwritten" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--endpoint", "cn"], ["--broker", ""], ["--endpoint", "cn="]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--endpoint", "cn"],
+        ["--broker", ""],
+        ["--endpoint", "cn="],
+        ["--endpoint", "cn=127.0.0.1:99999"],
+        ["--broker", "localhost:0"],
+    ],
+)
 def test_address_that_is_none_is_wrong_usage(tmp_path, words):
     with pytest.raises(SystemExit) as caught:
         command_line.main(["init", str(tmp_path), "--regions", "cn", "--vehicle", VEHICLE, *words])

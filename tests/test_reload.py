@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from harness import SHENZHEN, car
@@ -17,7 +18,8 @@ from test_faults_kill import jpeg
 from agent import __main__ as command_line
 from agent import assembly, status
 from agent.accepted import FILE, Accepted
-from agent.errors import InvalidConfigError
+from agent.errors import AgentError, InvalidConfigError
+from agent.reload import Reloader
 from agent.settings.config import shipped_manifest
 from agent.wire.envelope import verify
 from agent.wire.signing import public_keys
@@ -138,6 +140,17 @@ async def test_bad_file_keeps_everything_and_is_shown_until_it_is_mended(tmp_pat
         assert await reload(it) == ""
         assert command_line.main(["status", str(it.config)]) == 0
         assert "REFUSED" not in capsys.readouterr().out
+
+
+async def test_mistake_of_the_agents_own_while_it_reads_is_a_refusal_that_tells_the_kind_alone(tmp_path, monkeypatch):
+    def broken(_):
+        raise RuntimeError("secret")
+
+    reloader = object.__new__(Reloader)
+    reloader.setup = SimpleNamespace(file=tmp_path / "agent.toml")
+    monkeypatch.setattr(assembly, "load", broken)
+    with pytest.raises(AgentError, match=r"could not be read: RuntimeError$"):
+        await reloader._reload(None)
 
 
 def sign(folder, *names):

@@ -43,6 +43,7 @@ def content():
             "hk": {"connected": False, "error": "refused", "in_flight": 0, "delivered_seconds": {}},
             "us": {"connected": False, "error": "", "in_flight": 0, "delivered_seconds": {}},
         },
+        "fixes": {"accepted": 0, "malformed": 7, "stale": 0},
         "sessions": {"telemetry": {"connected": False, "durable_seconds": took(20.0)}},
     }
 
@@ -68,6 +69,10 @@ def test_running_agent_shows_queues_with_age_latencies_memory_and_reasons(conten
     assert "conserved   5 = 0 + 2 + 1 + 1 + 1 + 0" in shown
     assert "  refused   policy.no-rule: 1" in shown
     assert "  expired   ttl: 1" in shown
+
+
+def test_fixes_that_are_malformed_are_seen(content):
+    assert "fixes       0 accepted, 7 malformed" in lines(content)
 
 
 def test_stopped_agent_shows_no_connections_that_it_no_longer_has(content):

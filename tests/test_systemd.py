@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from agent import systemd
-from agent.settings.config import shipped_manifest
+from agent.settings.config import Model, shipped_manifest
 
 UNIT = Path(__file__).parent.parent / "systemd" / "residency-agent.service"
 MOST_EXPOSURE = 1.5
+AGENT_BYTES = 256 << 20
+AGENT_SEEN_BYTES = 170 << 20  # the most that a load has made of it
+LARGEST_REDACTION_BYTES = 834 << 20  # measured: WebP of 39.7 Mpx
 
 MDWE = """
 import ctypes, mmap, sys
@@ -65,6 +68,14 @@ def test_watchdog_is_fed_at_half_its_time_and_only_by_its_own_process(monkeypatc
     monkeypatch.delenv("WATCHDOG_PID")
     monkeypatch.delenv("WATCHDOG_USEC")
     assert systemd.watchdog_seconds() is None
+
+
+def test_unit_lets_the_largest_picture_be_redacted_and_outlives_the_process_that_takes_too_much():
+    unit = dict(re.findall(r"^(\w+)=(.*)$", UNIT.read_text(), re.MULTILINE))
+    most, high = (int(unit[key].removesuffix("M")) << 20 for key in ("MemoryMax", "MemoryHigh"))
+    assert most == Model().processes * Model().memory_bytes + AGENT_BYTES
+    assert LARGEST_REDACTION_BYTES + AGENT_SEEN_BYTES < high < most
+    assert unit["OOMPolicy"] == "continue"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")

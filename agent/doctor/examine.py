@@ -25,6 +25,7 @@ async def examine(setup: Setup, regions: Sequence[str] = ()) -> AsyncIterator[Fi
     yield await asyncio.to_thread(machine.disk, setup)
     for finding in await asyncio.to_thread(lambda: list(machine.permissions(setup))):
         yield finding
+    yield await asyncio.to_thread(machine.borders, setup)
     yield machine.extras(setup)
     yield await network.in_car(setup)
     for name in setup.policy.endpoints:

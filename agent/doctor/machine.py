@@ -13,6 +13,7 @@ from pathlib import Path
 from agent.assembly import Setup
 from agent.clock import is_set
 from agent.doctor.findings import Finding
+from agent.errors import InvalidConfigError
 
 MIB = 1 << 20
 SLOW_SYNC_SECONDS = 0.25  # each group commit waits for one
@@ -29,10 +30,19 @@ def clock(setup: Setup) -> Finding:
         advice = "the clock was never set: set it (timedatectl); until then records do not expire and TLS may fail"
         return Finding(name="clock", detail=detail, advice=advice)
     for file in (setup.file, Path(setup.config.paths.policy), setup.status_path):
-        if file.exists() and file.stat().st_mtime_ns > now + TOLERANCE_NS:
+        known = _stat(file)
+        if known and known.st_mtime_ns > now + TOLERANCE_NS:
             advice = "the clock is behind: set it (timedatectl); is a time server reachable, has the RTC power?"
             return Finding(name="clock", detail=f"{detail}, before {file} was written", advice=advice)
     return Finding(name="clock", detail=detail)
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    """None for what is missing or may not be looked at: another finding says so."""
+    try:
+        return file.stat()
+    except OSError:
+        return None
 
 
 def disk(setup: Setup) -> Finding:
@@ -98,21 +108,33 @@ def _secret(key: str, path: Path) -> Iterator[Finding]:
             advice = "systemd gives it to the unit alone: name it in LoadCredential=, and let systemd run doctor too"
         yield Finding(name="permissions", detail=f"{key}: {exc}", advice=advice)
         return
-    if mode & OTHERS:
+    # systemd lets the unit's user in by an ACL, which shows as the group's permission; the folder is closed to others
+    if mode & OTHERS and not str(path).startswith(CREDENTIALS):
         yield Finding(name="permissions", detail=f"{key}: {path} is not its owner's alone", advice=f"chmod 600 {path}")
 
 
 def _state(setup: Setup) -> Iterator[Finding]:
     folder = Path(setup.config.paths.state)
-    if folder.is_dir() and folder.stat().st_mode & 0o007:
+    known = _stat(folder)
+    if known and known.st_mode & 0o007:
         yield Finding(name="permissions", detail=f"{folder} is open to every user", advice=f"chmod o-rwx {folder}")
 
 
 def _configuration(setup: Setup) -> Iterator[Finding]:
     for file in (setup.file, Path(setup.config.paths.policy), setup.manifest_path):
-        if file.exists() and file.stat().st_mode & OTHERS_WRITE:
+        known = _stat(file)
+        if known and known.st_mode & OTHERS_WRITE:
             advice = f"whoever can write it decides what leaves the vehicle: chmod go-w {file}"
             yield Finding(name="permissions", detail=f"{file} can be written by others than its owner", advice=advice)
+
+
+def borders(setup: Setup) -> Finding:
+    """Whether the polygons can be used."""
+    try:
+        known = setup.borders().countries
+    except InvalidConfigError as exc:
+        return Finding(name="borders", detail=str(exc), advice="mend the file, or leave borders.geojson out")
+    return Finding(name="borders", detail=f"{len(known)} countries")
 
 
 def extras(setup: Setup) -> Finding:

@@ -15,10 +15,11 @@ from msgspec import Meta
 
 from agent.errors import ConfigError, InvalidConfigError
 from agent.settings.policy_config import PolicyConfig
-from agent.settings.tables import CountryOrNone, Port, Positive, Seconds, Table, Text
+from agent.settings.tables import CountryOrNone, Port, Positive, Seconds, Table, Text, Word
 from agent.settings.typed import convert
 
 MIB = 1 << 20
+LARGEST_PACKET = 268_435_455  # bytes; MQTT 5.0, 1.5.5: the largest Variable Byte Integer
 S = TypeVar("S", bound=msgspec.Struct)
 
 
@@ -36,7 +37,7 @@ class Vehicle(Table, frozen=True, kw_only=True):
 class Broker(Table, frozen=True, kw_only=True):
     """[broker]: the in-car broker."""
 
-    host: Annotated[Text, Meta(description="In-car broker")] = "127.0.0.1"
+    host: Annotated[Word, Meta(description="In-car broker")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="Its MQTT port")] = 1883
     protocol: Annotated[Literal["5", "3.1.1"], Meta(description="MQTT version of the in-car broker")] = "5"
     client_id: Annotated[Text, Meta(description="Prefix of the client ids of both sessions")] = "residency-agent"
@@ -115,7 +116,7 @@ class Model(Table, frozen=True, kw_only=True):
 class Limits(Table, frozen=True, kw_only=True):
     """[limits]: every bound of memory and disk."""
 
-    payload_bytes: Annotated[Positive, Meta(description="A larger message is refused")] = 8 * MIB
+    payload_bytes: Annotated[int, Meta(ge=1, le=LARGEST_PACKET, description="A larger message is refused")] = 8 * MIB
     picture_pixels: Annotated[Positive, Meta(description="A larger picture is refused before it is decoded")] = (
         40_000_000
     )
@@ -243,9 +244,18 @@ def shipped_manifest() -> Path:
 
 def state_folder(path: Path) -> Path:
     """Where the agent of this agent.toml keeps its state, also when the rest of the file is in disorder."""
+    return _named(path, "state", default="state")
+
+
+def policy_path(path: Path) -> Path:
+    """Where the policy of this agent.toml is, also when the rest of the file is in disorder."""
+    return _named(path, "policy", default="policy.toml")
+
+
+def _named(path: Path, key: str, *, default: str) -> Path:
     paths = _toml(path, _read(path)).get("paths", {})
-    state = paths.get("state") if isinstance(paths, dict) else None
-    return path.absolute().parent / (state if isinstance(state, str) and state else "state")
+    name = paths.get(key) if isinstance(paths, dict) else None
+    return path.absolute().parent / (name if isinstance(name, str) and name else default)
 
 
 def _read(path: Path) -> bytes:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from agent.settings.tables import Country, Pointer, Port, Positive, Seconds, Sha256, Table, Text
+from agent.settings.tables import Country, Pointer, Port, Positive, Seconds, Sha256, Table, Text, Word
 
 
 class Borders(Table, frozen=True, kw_only=True):
@@ -28,12 +28,12 @@ class Region(Table, frozen=True, kw_only=True):
 class Endpoint(Table, frozen=True, kw_only=True):
     """[endpoints.NAME]: a regional broker, who it is and where it must stand."""
 
-    host: Annotated[Text, Meta(description="Host name or address of the regional broker")]
+    host: Annotated[Word, Meta(description="Host name or address of the regional broker")]
     port: Annotated[Port, Meta(description="Its MQTT port")] = 8883
     tls: Annotated[bool, Meta(description="May be false only for loopback")] = True
     ca_file: Annotated[str, Meta(description="PEM file of trusted roots; empty: those of the system")] = ""
     spki_sha256: Annotated[list[Sha256], Meta(description="Pins: hex SHA-256 of the server's public key info")] = []
-    networks: Annotated[list[str], Meta(description="CIDRs in which the peer's address must lie; empty: any")] = []
+    networks: Annotated[list[Word], Meta(description="CIDRs in which the peer's address must lie; empty: any")] = []
     protocol: Annotated[Literal["5", "3.1.1"], Meta(description="MQTT version")] = "5"
     wire: Annotated[Literal["msgpack", "binary"], Meta(description="binary needs MQTT 5")] = "msgpack"
     topic: Annotated[Text, Meta(description="Template of {region} {vehicle} {class} {topic}")] = (
@@ -126,7 +126,7 @@ class Rule(Table, frozen=True, kw_only=True):
 class PolicyConfig(Table, frozen=True, kw_only=True):
     """policy.toml: the fleet. `permit` is region -> data class -> ordered endpoints; absent means not permitted."""
 
-    version: Annotated[Text, Meta(description="Travels with every record", pattern="^[!-~]{1,64}$")]
+    version: Annotated[Text, Meta(description="Travels with every record", pattern=r"^[!-~]{1,64}\Z")]
     serial: Annotated[
         int, Meta(ge=0, description="Counts up with each signed policy; where [trust] is set, no lower one is taken")
     ] = 0

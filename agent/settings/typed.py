@@ -62,6 +62,9 @@ def _value(place: _Place, found: object, wanted: Any) -> object:  # noqa: ANN401
 def _table_of_structs(place: _Place, found: object, wanted: type[msgspec.Struct]) -> object:
     if not isinstance(found, Mapping):
         return place.mistake(found, "a table of tables")
+    for key in found:
+        if not key or any(character.isspace() or not character.isprintable() for character in key):
+            place.mistake(key, "names without white space and control characters")
     return {key: _struct(place.at(key), value, wanted) for key, value in found.items()}
 
 
@@ -78,7 +81,8 @@ def _struct(place: _Place, found: object, wanted: type[msgspec.Struct]) -> objec
     hints = get_type_hints(wanted, include_extras=True)
     fields = {field.encode_name: field for field in msgspec.structs.fields(wanted)}
     for key in found.keys() - fields.keys():
-        place.at(key).mistake(found[key], f"one of the known keys: {', '.join(sorted(fields))}")
+        # its value is told to nobody: it may be a secret
+        place.at(key).mistake("an unknown key", f"one of the known keys: {', '.join(sorted(fields))}")
     values: dict[str, object] = {}
     for key, field in fields.items():
         if key in found:

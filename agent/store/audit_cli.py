@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
@@ -107,8 +108,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    for row in export(arguments.ledger):
-        sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
+    try:
+        for row in export(arguments.ledger):
+            sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; what Python flushes at its end must go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -161,11 +161,6 @@ def _document(root: Path, folder: Path) -> None:
     (folder / "copyright").write_text((root / "systemd/debian/copyright").read_text())
 
 
-def _md5(path: Path) -> str:
-    """The digest that dpkg --verify compares with."""
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
 def _control(root: Path, files: list[Path], options: Options) -> str:
     text = (root / "systemd/debian/control").read_text()
     values = {
