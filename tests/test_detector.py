@@ -1,20 +1,17 @@
 import hashlib
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from canary import saved
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from agent.errors import ModelError, RefusedError
+from agent.errors import ModelError
 from agent.pictures.formats import Colour, View
 from agent.redaction.detector import Detector, frame_of, prepared
 from agent.redaction.geometry import far_windows
 from agent.redaction.manifest import Input, read_manifest
-from agent.redaction.worker import RedactionWorker, WorkerOptions
 from tools.training.plates import STYLES, flat_plate
 
 CLASSES = ["person", "face", "plate"]
@@ -289,31 +286,6 @@ def test_foreign_detector_with_centres_in_columns_and_a_class_of_no_use_can_be_b
     assert (box.label, box.x1, box.y1, box.x2, box.y2) == ("plate", 8, 8, 24, 40)
 
 
-def test_all_classes_that_have_one_label_are_found(tmp_path):
-    rows = np.array([[(8, 8, 24, 40, 0.9, 0.1, 0.1), (32, 8, 48, 40, 0.1, 0.8, 0.1)]], np.float32)
-    changes = {"classes": ["person", "person", "plate"], "thresholds": {"person": 0.5, "plate": 0.5}}
-    path = manifest_for(tmp_path, constant_model(rows), output={"name": "cells", "layout": "corners"}, **changes)
-    found = Detector.open(path).detect(picture(64, 64), Colour.RGB)
-    assert [(box.label, box.x1) for box in found] == [("person", 8), ("person", 32)]
-
-
-@pytest.mark.parametrize(
-    ("layout", "row", "message"),
-    [
-        ("corners", (40, 40, 16, 20, 0.1, 0.9, 0.1), "turned inside out"),  # a width and a height for a corner
-        ("corners", (0.1, 0.1, 0.6, 0.9, 0.1, 0.9, 0.1), "shares"),
-        ("centres", (0.3, 0.5, 0.5, 0.8, 0.1, 0.9, 0.1), "shares"),
-        ("centres", (30, 30, -8, 8, 0.1, 0.9, 0.1), "turned inside out"),
-    ],
-)
-def test_foreign_detector_whose_boxes_are_not_as_the_manifest_says_is_no_result(tmp_path, layout, row, message):
-    rows = np.array([row, (0, 0, 0, 0, 0.1, 0.1, 0.1)], np.float32)
-    value = rows[None] if layout == "corners" else rows.T[None]
-    path = manifest_for(tmp_path, constant_model(value), output={"name": "cells", "layout": layout})
-    with pytest.raises(ModelError, match=message):
-        Detector.open(path).detect(picture(64, 64), Colour.RGB)
-
-
 def test_foreign_detector_whose_scores_are_no_shares_is_no_result(tmp_path):
     path = manifest_for(tmp_path, constant_model(CORNERS * 3), output={"name": "cells", "layout": "corners"})
     with pytest.raises(ModelError, match=r"outside 0..1"):
@@ -385,29 +357,6 @@ def test_far_plate_that_the_small_input_loses_is_found_in_the_second_pass(tmp_pa
     assert Detector.open(path).detect(scene, Colour.RGB) == []
     (box,) = Detector.open(path, far=True).detect(scene, Colour.RGB)
     assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((x - 16, y - 16, x + 48, y + 48), abs=2)
-
-
-async def test_worker_masks_a_far_plate_where_it_is_told_to_look_for_it(tmp_path, patience):
-    path = manifest_for(tmp_path, mean_model(), thresholds={"person": 0.9, "face": 0.5, "plate": 0.5})
-    scene = picture(512, 1024)
-    window = far_windows(1024, 512, 256)[2]
-    scene[window.y1 + 96 : window.y1 + 128, window.x1 + 96 : window.x1 + 128] = 255
-    for far in (False, True):
-        options = WorkerOptions(manifest=path, far=far, timeout_s=patience, start_timeout_s=2 * patience)
-        async with RedactionWorker(options) as worker:
-            done = await worker.redact(saved(scene, "PNG"))
-        assert done.counts == ({"person": 1} if far else {})
-        assert np.asarray(Image.open(io.BytesIO(done.payload))).any() == (not far)
-
-
-async def test_picture_is_refused_where_the_boxes_are_not_as_the_manifest_says(tmp_path, patience):
-    path = manifest_for(tmp_path, constant_model(CORNERS / 64), output={"name": "cells", "layout": "corners"})
-    path.write_text(path.read_text().replace("0.5", "0.01"))
-    options = WorkerOptions(manifest=path, timeout_s=patience, start_timeout_s=2 * patience)
-    async with RedactionWorker(options) as worker:
-        with pytest.raises(RefusedError) as caught:
-            await worker.redact(saved(picture(64, 64), "PNG"))
-    assert caught.value.reason == "redaction.model"
 
 
 def test_object_that_a_window_cuts_is_not_taken_from_the_second_pass(tmp_path):

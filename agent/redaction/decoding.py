@@ -24,7 +24,6 @@ from agent.redaction.geometry import (
 from agent.redaction.manifest import Layout, Manifest
 
 MOST_CANDIDATES = 2000  # rows of a class that suppression looks at; the best are taken
-LARGEST_SHARE = 1.5  # boxes of which no side lies farther out are shares of the input, not pixels
 EDGE = 2.0  # pixels from a window's edge within which an object counts as cut
 
 
@@ -56,10 +55,7 @@ class Candidates:
 
 
 def candidates(values: Floats, frame: Letterbox, manifest: Manifest, limits: Sequence[float]) -> list[Candidates]:
-    """Rows of the output that pass `limits`, class by class; ModelError for what cannot be an output.
-
-    That is a wrong shape, a number that is not finite, a score outside 0..1, a box that is none or not in pixels.
-    """
+    """Rows of the output that pass `limits`, class by class; ModelError for a wrong shape or a number not finite."""
     _check_values(values, frame, manifest)
     output, count = manifest.output, len(manifest.classes)
     if output.layout is Layout.CELLS:
@@ -76,19 +72,7 @@ def candidates(values: Floats, frame: Letterbox, manifest: Manifest, limits: Seq
         if label is not None:
             chosen = _best(scores[:, number], limits[number])
             found.append(Candidates(label=label, boxes=boxes[chosen], scores=scores[chosen, number]))
-    _check_boxes(found, manifest)
     return found
-
-
-def _check_boxes(found: Sequence[Candidates], manifest: Manifest) -> None:
-    """ModelError where boxes are no boxes or not in pixels: the manifest does not describe this output."""
-    boxes = np.concatenate([item.boxes for item in found]) if found else np.zeros((0, 4), np.float32)
-    if (boxes[:, 2:] < boxes[:, :2]).any():
-        message = f"{manifest.model}: a box is turned inside out; is the layout {manifest.output.layout}?"
-        raise ModelError(message)
-    if len(boxes) and np.abs(boxes).max() <= LARGEST_SHARE:
-        message = f"{manifest.model}: its boxes are shares of the input, and pixels are wanted"
-        raise ModelError(message)
 
 
 def _check_values(values: Floats, frame: Letterbox, manifest: Manifest) -> None:

@@ -106,11 +106,8 @@ class Detector:
         """What one pass over a picture finds, by label, in the picture's pixels and clipped to it."""
         frame = frame_of(picture.shape[1], picture.shape[0], self.manifest.input)
         values = self._run(prepared(picture, frame, self.manifest.input))
-        found: dict[str, Candidates] = {}
-        for item in candidates(values, frame, self.manifest, limits):  # several classes may have one label
-            seen = replace(item, boxes=frame.to_picture(item.boxes))
-            found[item.label] = found[item.label].joined(seen) if item.label in found else seen
-        return found
+        found = candidates(values, frame, self.manifest, limits)
+        return {item.label: replace(item, boxes=frame.to_picture(item.boxes)) for item in found}
 
     def _run(self, batch: NDArray[Any]) -> Floats:
         """The session's one output for one input, as it came."""

@@ -92,13 +92,6 @@ class Model(Table, frozen=True, kw_only=True):
 
     manifest: Annotated[str, Meta(description="Manifest of the detector; empty: the one shipped with the agent")] = ""
     threads: Annotated[int, Meta(ge=1, le=64, description="CPU threads of the detector")] = 1
-    far: Annotated[
-        bool,
-        Meta(
-            description="Look a second time, in full resolution, where far plates are: detection takes three times as "
-            "long at 1920x1080, nine times at 3840x2160"
-        ),
-    ] = False
     processes: Annotated[int, Meta(ge=1, le=16, description="Redaction processes; each takes its own memory")] = 1
     timeout_s: Annotated[Seconds, Meta(description="Longest time for one payload's pictures")] = 10.0
     unload_after_s: Annotated[
