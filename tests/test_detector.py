@@ -286,6 +286,19 @@ def test_foreign_detector_with_centres_in_columns_and_a_class_of_no_use_can_be_b
     assert (box.label, box.x1, box.y1, box.x2, box.y2) == ("plate", 8, 8, 24, 40)
 
 
+def test_two_classes_of_one_label_are_both_found(tmp_path):
+    rows = np.array([[2, 2, 20, 40, 0.9, 0, 0], [30, 2, 50, 40, 0, 0.8, 0], [5, 50, 15, 55, 0, 0, 0.9]], np.float32)
+    path = manifest_for(
+        tmp_path,
+        constant_model(rows[None]),
+        output={"name": "cells", "layout": "corners"},
+        classes=["person", "person", "plate"],  # pedestrian and rider
+        thresholds={"person": 0.5, "plate": 0.5},
+    )
+    found = Detector.open(path).detect(picture(64, 64), Colour.RGB)
+    assert [(box.label, box.x1) for box in found] == [("person", 2), ("person", 30), ("plate", 5)]
+
+
 def test_foreign_detector_whose_scores_are_no_shares_is_no_result(tmp_path):
     path = manifest_for(tmp_path, constant_model(CORNERS * 3), output={"name": "cells", "layout": "corners"})
     with pytest.raises(ModelError, match=r"outside 0..1"):
