@@ -404,12 +404,21 @@ def test_fixed_input_keeps_its_size_and_its_padding():
     assert (batch[0, 32:] == 7).all()
 
 
-def test_far_plate_that_the_small_input_loses_is_found_in_the_second_pass(tmp_path):
-    path = manifest_for(tmp_path, mean_model(), thresholds={"person": 0.9, "face": 0.5, "plate": 0.5})
+FAR_ONLY = {"classes": ["plate", None, None], "thresholds": {"plate": 0.9}}
+
+
+def far_scene():
+    """A picture of which FAR_ONLY sees the white square, whose corner is given too, in full resolution only."""
     scene = picture(512, 1024)
-    windows = far_windows(1024, 512, 256)
-    x, y = windows[2].x1 + 96, windows[2].y1 + 96
+    window = far_windows(1024, 512, 256)[2]
+    x, y = window.x1 + 96, window.y1 + 96
     scene[y : y + 32, x : x + 32] = 255
+    return scene, (x, y)
+
+
+def test_far_plate_that_the_small_input_loses_is_found_in_the_second_pass(tmp_path):
+    path = manifest_for(tmp_path, mean_model(), **FAR_ONLY)
+    scene, (x, y) = far_scene()
     assert Detector.open(path).detect(scene, Colour.RGB) == []
     (box,) = Detector.open(path, far=True).detect(scene, Colour.RGB)
     assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((x - 16, y - 16, x + 48, y + 48), abs=2)
