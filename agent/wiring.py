@@ -83,6 +83,7 @@ def worker_options(setup: Setup) -> WorkerOptions:
         manifest_data=setup.manifest,
         model_data=_model(setup),
         threads=model.threads,
+        far=model.far,
         timeout_s=model.timeout_s,
         memory_bytes=model.memory_bytes,
         unload_after_s=model.unload_after_s,

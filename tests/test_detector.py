@@ -4,14 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from canary import saved
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from agent.errors import ModelError
-from agent.pictures.formats import Colour, View
+from agent.errors import ModelError, RefusedError
+from agent.pictures.formats import Colour, PictureLimits, RedactionOptions, View
 from agent.redaction.detector import Detector, frame_of, prepared
 from agent.redaction.geometry import far_windows
 from agent.redaction.manifest import Input, read_manifest
+from agent.redaction.redaction import redact_picture
 from tools.training.plates import STYLES, flat_plate
 
 CLASSES = ["person", "face", "plate"]
@@ -286,10 +288,64 @@ def test_foreign_detector_with_centres_in_columns_and_a_class_of_no_use_can_be_b
     assert (box.label, box.x1, box.y1, box.x2, box.y2) == ("plate", 8, 8, 24, 40)
 
 
+def test_two_classes_of_one_label_are_both_found(tmp_path):
+    rows = np.array([[2, 2, 20, 40, 0.9, 0, 0], [30, 2, 50, 40, 0, 0.8, 0], [5, 50, 15, 55, 0, 0, 0.9]], np.float32)
+    path = manifest_for(
+        tmp_path,
+        constant_model(rows[None]),
+        output={"name": "cells", "layout": "corners"},
+        classes=["person", "person", "plate"],  # pedestrian and rider
+        thresholds={"person": 0.5, "plate": 0.5},
+    )
+    found = Detector.open(path).detect(picture(64, 64), Colour.RGB)
+    assert [(box.label, box.x1) for box in found] == [("person", 2), ("person", 30), ("plate", 5)]
+
+
 def test_foreign_detector_whose_scores_are_no_shares_is_no_result(tmp_path):
     path = manifest_for(tmp_path, constant_model(CORNERS * 3), output={"name": "cells", "layout": "corners"})
     with pytest.raises(ModelError, match=r"outside 0..1"):
         Detector.open(path).detect(picture(64, 64), Colour.RGB)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rows", "message"),
+    [
+        ("corners", [[2, 2, 20, 20, 0.9], [40, 30, 16, 50, 0.9]], "inside out"),  # width and height for a corner
+        ("corners", [[30, 40, 50, 20, 0.9]], "inside out"),
+        ("centres", [[30, 30, -8, 8, 0.9]], "inside out"),
+        ("corners", [[0.1, 0.1, 0.6, 0.9, 0.9], [-0.02, 0.4, 0.2, 1.01, 0.6]], "shares of 1"),
+        ("centres", [[0.5, 0.5, 0.4, 0.8, 0.9]], "shares of 1"),
+    ],
+)
+def test_boxes_that_are_none_or_in_another_unit_refuse_the_picture(tmp_path, layout, rows, message):
+    value = np.array(rows, np.float32)
+    path = manifest_for(
+        tmp_path,
+        constant_model((value.T if layout == "centres" else value)[None]),
+        output={"name": "cells", "layout": layout},
+        classes=["person"],
+        thresholds={"person": 0.5},
+    )
+    detector = Detector.open(path)
+    with pytest.raises(ModelError, match=message):
+        detector.detect(picture(64, 64), Colour.RGB)
+    data = saved(picture(64, 64), "PNG")
+    with pytest.raises(RefusedError, match=message) as refusal:
+        redact_picture(data, detector.detect, RedactionOptions(), PictureLimits(), detector.wanted)
+    assert refusal.value.reason == "redaction.model"
+
+
+def test_rows_below_the_threshold_and_small_boxes_beside_large_ones_are_no_reason_to_refuse(tmp_path):
+    value = np.array([[40, 40, 16, 20, 0.4], [0, 0, 1, 1, 0.9], [8, 8, 24, 40, 0.9]], np.float32)
+    path = manifest_for(
+        tmp_path,
+        constant_model(value[None]),
+        output={"name": "cells", "layout": "corners"},
+        classes=["person"],
+        thresholds={"person": 0.5},
+    )
+    found = Detector.open(path).detect(picture(64, 64), Colour.RGB)
+    assert [(box.x1, box.x2) for box in found] == [(0, 1), (8, 24)]
 
 
 def test_planes_first_blue_first_and_shares_of_one_are_prepared_as_the_manifest_says():
@@ -348,12 +404,21 @@ def test_fixed_input_keeps_its_size_and_its_padding():
     assert (batch[0, 32:] == 7).all()
 
 
-def test_far_plate_that_the_small_input_loses_is_found_in_the_second_pass(tmp_path):
-    path = manifest_for(tmp_path, mean_model(), thresholds={"person": 0.9, "face": 0.5, "plate": 0.5})
+FAR_ONLY = {"classes": ["plate", None, None], "thresholds": {"plate": 0.9}}
+
+
+def far_scene():
+    """A picture of which FAR_ONLY sees the white square, whose corner is given too, in full resolution only."""
     scene = picture(512, 1024)
-    windows = far_windows(1024, 512, 256)
-    x, y = windows[2].x1 + 96, windows[2].y1 + 96
+    window = far_windows(1024, 512, 256)[2]
+    x, y = window.x1 + 96, window.y1 + 96
     scene[y : y + 32, x : x + 32] = 255
+    return scene, (x, y)
+
+
+def test_far_plate_that_the_small_input_loses_is_found_in_the_second_pass(tmp_path):
+    path = manifest_for(tmp_path, mean_model(), **FAR_ONLY)
+    scene, (x, y) = far_scene()
     assert Detector.open(path).detect(scene, Colour.RGB) == []
     (box,) = Detector.open(path, far=True).detect(scene, Colour.RGB)
     assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((x - 16, y - 16, x + 48, y + 48), abs=2)

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import io
 import json
 import random
 import shutil
@@ -11,8 +12,12 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from canary import saved
 from harness import SHENZHEN, car
+from PIL import Image
+from test_detector import FAR_ONLY, far_scene, manifest_for, mean_model
 from test_faults_kill import jpeg
 
 from agent import __main__ as command_line
@@ -235,6 +240,25 @@ async def test_refused_model_is_not_taken_by_a_redaction_process_that_starts_aga
         it.drive(SHENZHEN)
         await it.until(lambda: it.received)
         assert it.received[0].attributes.modeldigest == digest
+
+
+async def test_far_plate_is_masked_once_a_reload_has_switched_the_second_look_on(tmp_path, patience):
+    scene, (x, y) = far_scene()
+    manifest_for(tmp_path, mean_model(), **FAR_ONLY)
+    async with asyncio.timeout(4 * patience), car(tmp_path) as it:
+        it.configure(agent='[model]\nmanifest = "tiny.json"\n')
+        await it.start()
+        await it.at(SHENZHEN)
+        for number, far in enumerate(("", "far = true\n"), 1):
+            if far:
+                edit(it, ("[model]\n", "[model]\n" + far), name="agent.toml")
+                assert await reload(it) == ""
+            it.client.publish("vehicle/camera/front", saved(scene, "PNG"), [("time", str(time.time_ns()))])
+            it.drive(SHENZHEN)
+            await it.until(lambda wanted=number: len(it.received) == wanted)
+        seen = [np.asarray(Image.open(io.BytesIO(one.data)))[y : y + 32, x : x + 32] for one in it.received]
+        assert [one.attributes.redaction for one in it.received] == ["none", "plate=1"]
+        assert (seen[0].min(), seen[1].max()) == (255, 0)
 
 
 async def test_agent_killed_during_a_reload_starts_again_with_everything(tmp_path, patience):

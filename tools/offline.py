@@ -70,9 +70,9 @@ async def conduct(setting: Setting, on_sent: Sending) -> Trial:
 
 
 @lru_cache(1)
-def _detector(manifest: Path, _modified_ns: int, threads: int) -> Detector:
+def _detector(manifest: Path, _modified_ns: int, threads: int, *, far: bool) -> Detector:
     """One model is open per process, however many recordings it judges."""
-    return Detector.open(manifest, threads=threads)
+    return Detector.open(manifest, threads=threads, far=far)
 
 
 class InProcess:
@@ -87,7 +87,7 @@ class InProcess:
         options = self._options
         try:
             modified_ns = options.manifest.stat().st_mtime_ns
-            detector = _detector(options.manifest, modified_ns, options.threads)
+            detector = _detector(options.manifest, modified_ns, options.threads, far=options.far)
         except (ModelError, OSError) as exc:
             raise RefusedError("redaction.model", str(exc)) from exc
         self.digest = detector.digest

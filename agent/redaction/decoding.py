@@ -1,6 +1,7 @@
 """What a detector's output says, in the layouts that a manifest may name: pure arrays in, boxes of the input out.
 
-Invariant: nothing is read from an output before its shape was compared and every number was found finite.
+Invariants: nothing is read from an output before its shape was compared and every number was found finite; no row that
+passes is turned inside out, and rows that are shares of 1 are not taken for pixels.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from agent.redaction.geometry import (
 from agent.redaction.manifest import Layout, Manifest
 
 MOST_CANDIDATES = 2000  # rows of a class that suppression looks at; the best are taken
+LARGEST_SHARE = 1.5  # of the input: boxes in shares of 1 reach a little beyond it, those in pixels go further
 EDGE = 2.0  # pixels from a window's edge within which an object counts as cut
 
 
@@ -55,7 +57,10 @@ class Candidates:
 
 
 def candidates(values: Floats, frame: Letterbox, manifest: Manifest, limits: Sequence[float]) -> list[Candidates]:
-    """Rows of the output that pass `limits`, class by class; ModelError for a wrong shape or a number not finite."""
+    """Rows of the output that pass `limits`, class by class.
+
+    ModelError for a wrong shape, a number not finite, a score outside 0..1, a box turned inside out or boxes in shares.
+    """
     _check_values(values, frame, manifest)
     output, count = manifest.output, len(manifest.classes)
     if output.layout is Layout.CELLS:
@@ -72,7 +77,21 @@ def candidates(values: Floats, frame: Letterbox, manifest: Manifest, limits: Seq
         if label is not None:
             chosen = _best(scores[:, number], limits[number])
             found.append(Candidates(label=label, boxes=boxes[chosen], scores=scores[chosen, number]))
+    _check_boxes(np.concatenate([item.boxes for item in found]), frame, manifest)
     return found
+
+
+def _check_boxes(boxes: Floats, frame: Letterbox, manifest: Manifest) -> None:
+    """Raise ModelError unless boxes (n, 4) have their corners in order and can be in pixels of the input.
+
+    A detector of another layout or unit than its manifest says would leave pictures unmasked.
+    """
+    if (boxes[:, 2:] < boxes[:, :2]).any():
+        message = f"{manifest.model}: a box is turned inside out; is its layout {manifest.output.layout}?"
+        raise ModelError(message)
+    if len(boxes) and np.abs(boxes).max() <= LARGEST_SHARE < min(frame.width, frame.height):
+        message = f"{manifest.model}: all boxes lie within {LARGEST_SHARE} pixels of the corner, as if in shares of 1"
+        raise ModelError(message)
 
 
 def _check_values(values: Floats, frame: Letterbox, manifest: Manifest) -> None:

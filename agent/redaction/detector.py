@@ -106,8 +106,11 @@ class Detector:
         """What one pass over a picture finds, by label, in the picture's pixels and clipped to it."""
         frame = frame_of(picture.shape[1], picture.shape[0], self.manifest.input)
         values = self._run(prepared(picture, frame, self.manifest.input))
-        found = candidates(values, frame, self.manifest, limits)
-        return {item.label: replace(item, boxes=frame.to_picture(item.boxes)) for item in found}
+        found: dict[str, Candidates] = {}
+        for item in candidates(values, frame, self.manifest, limits):  # several of them may have one label
+            own = replace(item, boxes=frame.to_picture(item.boxes))
+            found[own.label] = found[own.label].joined(own) if own.label in found else own
+        return found
 
     def _run(self, batch: NDArray[Any]) -> Floats:
         """The session's one output for one input, as it came."""

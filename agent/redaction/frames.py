@@ -20,6 +20,7 @@ class Setup(Struct, frozen=True, kw_only=True):
     manifest_data: bytes
     model_data: bytes
     threads: int
+    far: bool
     nice: int
     timeout_s: float
     memory_bytes: int

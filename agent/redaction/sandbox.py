@@ -127,7 +127,7 @@ def _open(setup: Setup) -> Detects:
     for name in path.split("."):
         factory = getattr(factory, name)
     known = {"contents": (setup.manifest_data, setup.model_data)} if setup.manifest_data else {}
-    return factory(Path(setup.manifest), threads=setup.threads, **known)
+    return factory(Path(setup.manifest), threads=setup.threads, far=setup.far, **known)
 
 
 def _warm_up(setup: Setup, detector: Detects) -> None:

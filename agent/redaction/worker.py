@@ -52,9 +52,10 @@ PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 class WorkerOptions:
     """Which model, and what one payload may cost.
 
-    `factory` is `module:callable`, called with (manifest, threads=), and with contents= where `manifest_data` holds the
-    manifest's bytes: then no other manifest is ever opened, nor, with `model_data`, another model. `memory_bytes`
-    limits the address space. After `unload_after_s` without a picture the process is ended; 0: never.
+    `factory` is `module:callable`, called with (manifest, threads=, far=), and with contents= where `manifest_data` has
+    the manifest's bytes: then no other manifest is ever opened, nor, with `model_data`, another model. `far` asks for a
+    second look at large pictures, within the same `timeout_s`. `memory_bytes` limits the address space. After
+    `unload_after_s` without a picture the process is ended; 0: never.
     """
 
     manifest: Path
@@ -62,6 +63,7 @@ class WorkerOptions:
     model_data: bytes = field(default=b"", repr=False)
     factory: str = "agent.redaction.detector:Detector.open"
     threads: int = 1
+    far: bool = False
     nice: int = 5
     timeout_s: float = 10.0
     start_timeout_s: float = 60.0
@@ -78,6 +80,7 @@ class WorkerOptions:
             manifest_data=self.manifest_data,
             model_data=self.model_data,
             threads=self.threads,
+            far=self.far,
             nice=self.nice,
             timeout_s=self.timeout_s,
             memory_bytes=self.memory_bytes,
