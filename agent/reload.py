@@ -103,7 +103,6 @@ class Reloader:
             except AgentError as exc:
                 self._refused(exc)
             else:
-                self._error, self._error_ns = "", 0
                 log.info("reload.done", extra={"policy": self.setup.policy.version})
             systemd.notify("READY=1", f"STATUS=policy {self.setup.policy.version}")
 
@@ -188,6 +187,7 @@ class Reloader:
                     self._due.set()
                 self.setup, self._options = prepared.setup, prepared.uplinks
                 self._done, self._changed_ns = self._done + 1, time.time_ns()
+                self._error, self._error_ns = "", 0
             await committer.call(lambda ledger: ledger.seal_with(wiring.audit_seal(prepared.signer)))
         finally:
             await self.uplinks.apply(self._options, start)

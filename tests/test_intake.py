@@ -31,8 +31,11 @@ class Line:
     """Stores everything; a payload named in `gates` waits until its event is set."""
 
     def __init__(self):
-        self.seen, self.gates = [], {}
+        self.seen, self.gates, self.clocks = [], {}, []
         self.turns = Turns()
+
+    def observe(self, received_ns, monotonic_ns):
+        self.clocks.append((received_ns, monotonic_ns))
 
     async def entry(self, message, key):
         self.seen.append(message)
@@ -239,6 +242,17 @@ async def test_wait_is_unbounded_where_nothing_is_known_of_the_time_before(broke
         session.deliver(TOPIC, b"waited", mid=1)
         await broker.until(lambda: line.seen)
         assert line.seen[0].wait_ns == FOREVER_NS
+
+
+async def test_both_clocks_are_read_with_whatever_comes_also_what_does_not_go_out(broker, patience):
+    async with asyncio.timeout(patience), taking(broker.port) as (_, line, _):
+        session = await subscribed(broker)
+        await until(lambda: line.clocks)  # a marker's
+        marked = len(line.clocks)
+        session.deliver("car/gnss", b"fix")
+        session.deliver("vehicle/x", b"1")
+        await until(lambda: line.payloads)
+        assert len(line.clocks) >= marked + 2
 
 
 async def test_retained_message_is_of_unknown_age(broker, patience):

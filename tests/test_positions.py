@@ -447,6 +447,15 @@ def test_the_wall_clock_watch_forgets_steps_after_its_window():
     assert clock.observe(NOW + 400 * S + 3600 * S, 400 * S) == 0
 
 
+def test_the_wall_clock_watch_remembers_its_window_however_late_readings_come():
+    clock = WallClock(window_ns=160 * S)
+    clock.observe(NOW, 0)
+    assert clock.observe(NOW + 301 * S, S) == 300 * S
+    for _ in range(20):  # a picture's readings, on the other side of a span's end
+        for now in (20 * S, 20 * S - 1):
+            assert clock.observe(NOW + 300 * S + now, now) == 300 * S
+
+
 @given(seen=st.lists(st.tuples(st.integers(0, 40), st.sampled_from((0, 0, 1, 2, 50, -3))), min_size=1, max_size=40))
 def test_the_wall_clock_watch_knows_the_widest_step_of_the_last_sixteen_spans(seen):
     clock, readings, now = WallClock(window_ns=160 * S), [], 0

@@ -196,6 +196,7 @@ class Intake:
 
     def _received(self, delivery: Delivery) -> Coroutine[Any, Any, None]:
         """Note the arrival at once; what is left to be done before the PUBACK."""
+        self._inward.line.observe(delivery.received_ns, delivery.monotonic_ns)
         if delivery.topic == self._marker_topic:
             self._waiting.returned(delivery.payload)
             self._news.set()

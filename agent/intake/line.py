@@ -85,6 +85,10 @@ class Line:
         self._clock = WallClock()
         self._random = ""
 
+    def observe(self, received_ns: int, monotonic_ns: int) -> None:
+        """Note both clocks of anything that arrives: a step is known before the first message that it hits."""
+        self._clock.observe(received_ns, monotonic_ns)
+
     async def entry(self, message: Message, key: IntakeKey | None) -> Store | Refused:
         """What the ledger keeps of this message. Cancelling loses nothing: the message stays unacknowledged."""
         try:

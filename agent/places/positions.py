@@ -212,6 +212,8 @@ class WallClock:
         """Take a pair of readings in; returns the largest step in ns within the window before them."""
         offset = received_ns - monotonic_ns
         span = monotonic_ns * 16 // self._window_ns
+        if self._spans:  # readings may come late, as those of a picture that was redacted meanwhile
+            span = max(span, self._spans[-1][0])
         if self._spans and self._spans[-1][0] == span:
             _, low, high = self._spans[-1]
             if low <= offset <= high:
