@@ -1,4 +1,5 @@
 import argparse
+import itertools
 import json
 import shutil
 import sqlite3
@@ -341,3 +342,27 @@ def test_command_says_which_file_is_missing(path):
     written(path, rows=1)
     with pytest.raises(LedgerError, match="absent"):
         command("verify", path, "--key", path.with_name("absent.pem"))
+
+
+def test_export_goes_on_behind_rows_that_are_dropped_meanwhile():
+    folder = in_memory()
+    path = folder / "ledger.db"
+    ledger = Ledger.open(path, LedgerLimits(audit_bytes=400_000, reserve_bytes=65536))
+    numbers = iter(range(1, 10_000))
+    for _ in range(1300):
+        ledger.commit([store(next(numbers), size=10)])
+    rows = export(path)
+    seen = [next(rows)["n"] for _ in range(200)]
+    for _ in range(1500):
+        ledger.commit([store(next(numbers), size=10)])
+    for _ in range(2):
+        ledger.sweep(NOW)
+    rest = list(rows)
+    seen += [row["n"] for row in rest]
+    gaps = [(one, other) for one, other in itertools.pairwise(seen) if other != one + 1]
+    assert len(gaps) == 1
+    assert seen[-1] == 2801
+    (told,) = [row["through"] for row in rest if row["what"] == audit.CHECKPOINT]
+    assert told + 1 == gaps[0][1]
+    ledger.close()
+    shutil.rmtree(folder)

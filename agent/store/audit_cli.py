@@ -34,11 +34,16 @@ Signed = Callable[[bytes, bytes], bool]
 
 
 def export(path: Path) -> Iterator[dict[str, object]]:
-    """The audit rows of the ledger at `path`, in order, each with its hash as `chain`. LedgerError: damaged."""
+    """The audit rows of the ledger at `path`, in order, each with its hash as `chain`. LedgerError: damaged.
+
+    Rows that the agent drops meanwhile are left out; the checkpoint row, which comes later, tells through where.
+    """
     with read_only(path) as connection:
         try:
-            base = read_base(read_meta(connection))
-            yield from audit.unpack(_blocks(connection), base)
+            start, blocks = _page(connection, audit.Head())
+            while blocks:
+                yield from audit.unpack(blocks, start)
+                start, blocks = _page(connection, audit.head_of(blocks[-1]))
         except (ValueError, msgspec.MsgspecError) as exc:
             msg = f"{path}: audit rows are damaged: {exc}"
             raise LedgerError(msg) from exc
@@ -62,10 +67,24 @@ def verify(path: Path, signed: Signed | None = None) -> audit.AuditReport:
 def _blocks(connection: sqlite3.Connection) -> Iterator[audit.Block]:
     """All blocks, some at a time: a slow reader must not keep the agent from writing its journal back."""
     after = 0
-    while rows := connection.execute(_SOME, (after,)).fetchall():
-        for first, count, digest, data in rows:
-            yield audit.Block(first=first, count=count, digest=digest, data=data)
-        after = rows[-1][0]
+    while blocks := _some(connection, after):
+        yield from blocks
+        after = blocks[-1].first
+
+
+def _page(connection: sqlite3.Connection, head: audit.Head) -> tuple[audit.Head, list[audit.Block]]:
+    """The next blocks after `head`, or after the last dropped row if that is later; and the row that they follow."""
+    connection.execute("BEGIN")
+    try:
+        start = max(head, read_base(read_meta(connection)), key=lambda row: row.n)
+        return start, _some(connection, start.n)
+    finally:
+        connection.execute("COMMIT")
+
+
+def _some(connection: sqlite3.Connection, after: int) -> list[audit.Block]:
+    rows = connection.execute(_SOME, (after,)).fetchall()
+    return [audit.Block(first=first, count=count, digest=digest, data=data) for first, count, digest, data in rows]
 
 
 def signed_by(pem: bytes) -> Signed:
