@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
+from agent.clock import Moment
 from agent.errors import LedgerStalledError
 from agent.messages import Priority, Record, State
 from agent.store import retention, tally, upkeep
@@ -171,14 +172,18 @@ class Ledger:
         down: Collection[str] = (),
         skip: Collection[str] = (),
         max_bytes: int = READ_BYTES,
+        now: Moment | None = None,
     ) -> list[Spooled]:
         """The next records for an endpoint by priority, then arrival; keys in (`after`, `until`], ids not in `skip`.
 
-        A record is for the endpoint when it stands first in the route or all before it are in `down`.
+        A record is for the endpoint when it stands first in the route or all before it are in `down`. One that a sweep
+        would expire `now` is left out; None: also such are given.
         """
         priorities = Priority if priority is None else (priority,)
         with translated(self._path):
-            rows = self._spool.pending(lambda route: serves(route, endpoint, down), priorities, after, until)
+            rows = self._spool.pending(
+                lambda route: serves(route, endpoint, down), priorities, after=after, until=until, now=now
+            )
             return self._checked(self._spool.take(rows, limit, max_bytes, skip))
 
     @property
@@ -250,7 +255,7 @@ class Ledger:
         """
         now = None
         if now_ns is not None:
-            now = retention.Moment(time_ns=now_ns, monotonic_ns=monotonic_ns, boot_id=boot_id)
+            now = Moment(time_ns=now_ns, monotonic_ns=monotonic_ns, boot_id=boot_id)
         before = self.counts()
         try:
             self._end_old(now)
@@ -268,7 +273,7 @@ class Ledger:
         more = expired >= SWEEP_RECORDS or evicted >= retention.EVICT_RECORDS
         return SweepResult(expired=expired, evicted=evicted, freed_bytes=freed, more=more)
 
-    def _end_old(self, now: retention.Moment | None) -> None:
+    def _end_old(self, now: Moment | None) -> None:
         time_ns = time.time_ns() if now is None else now.time_ns
         with self._transaction() as transaction:
             if now is not None:
