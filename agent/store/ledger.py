@@ -44,7 +44,7 @@ from agent.store.entries import (
 from agent.store.reserve import Reserve
 from agent.store.salvage import salvage
 from agent.store.spool import Spool, oldest, serves
-from agent.store.storage import beside, connect, lock, read_only, translated
+from agent.store.storage import Opened, beside, connect, lock, read_only, translated
 from agent.store.transaction import Transaction
 
 SWEEP_RECORDS = 1000  # records that one sweep ends at most, so that it holds the thread for some 50 ms
@@ -63,13 +63,23 @@ class Ledger:
         self._reserve = Reserve(path, limits.reserve_bytes)
         self._lock = lock(path)
         try:
-            opened = connect(path, limits.journal_bytes, self._load)
+            opened = self._connect()
         except BaseException:
             os.close(self._lock)
             raise
         self._connection, self._books, self._aside = opened.connection, opened.loaded, opened.aside
         self._spool = Spool(self._connection, self._books, self._blobs)
         self.incidents = opened.incidents
+
+    def _connect(self) -> Opened[Books]:
+        """Open the database; on a disk too full for the index of its journal, with the reserve given up."""
+        try:
+            with translated(self._path):
+                return connect(self._path, self._limits.journal_bytes, self._load)
+        except LedgerStalledError:
+            if not self._reserve.give():
+                raise
+            return connect(self._path, self._limits.journal_bytes, self._load)
 
     def _load(self, connection: sqlite3.Connection) -> Books:
         forget_empty_lanes(connection)
@@ -108,12 +118,12 @@ class Ledger:
         """Make entries durable in one transaction.
 
         LedgerStalledError: full or failing disk, try again later. LedgerEntryError: one contradicts the ledger.
-        Deliveries and refusals by an endpoint take the reserve when the disk is full.
+        What ends records, and what is noted before deliveries can begin, takes the reserve when the disk is full.
         """
         try:
             self._commit(entries)
         except LedgerStalledError:
-            relieving = all(isinstance(entry, Ending) for entry in entries)
+            relieving = all(isinstance(entry, Ending | Noted) for entry in entries)
             if not relieving or not self._use_reserve():
                 raise
             self._commit(entries)
