@@ -1,8 +1,19 @@
-"""Whether the wall clock means anything yet."""
+"""What a moment is, and whether the wall clock means anything yet."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 IS_SET_NS = 1_750_000_000 * 10**9  # 2025-06-15: before this agent existed, so an earlier clock was never set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Unix time and CLOCK_BOOTTIME, in nanoseconds; without a `boot_id` only the wall clock counts."""
+
+    time_ns: int
+    monotonic_ns: int = 0
+    boot_id: str = ""
 
 
 def is_set(now_ns: int) -> bool:

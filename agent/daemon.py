@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agent import __version__, journal, status, systemd, vitals, wiring
+from agent import __version__, boot, journal, status, systemd, vitals, wiring
 from agent.assembly import Setup
 from agent.beacon import Beacon
 from agent.board import Board
@@ -31,6 +31,7 @@ from agent.policy import Policy
 from agent.redaction.pool import RedactionPool
 from agent.reload import Reloader
 from agent.store.committer import CommitOptions, Committer
+from agent.store.entries import SweepResult
 from agent.store.ledger import Ledger
 from agent.uplink.group import UplinkGroup
 from agent.uplink.options import UplinkOptions
@@ -222,16 +223,18 @@ async def _drain(parts: Parts) -> None:
             await parts.reloader.uplinks.drain()
 
 
+async def _sweep(committer: Committer) -> SweepResult:
+    now = boot.moment()
+    time_ns = now.time_ns if is_set(now.time_ns) else None
+    return await committer.sweep(time_ns, monotonic_ns=now.monotonic_ns, boot_id=now.boot_id)
+
+
 async def _sweep_loop(parts: Parts) -> None:
     memory = Memory()
     while True:
-        now_ns = time.time_ns()
         with contextlib.suppress(LedgerStalledError):  # the status says so; the next sweep tries again
-            await parts.committer.sweep(
-                now_ns if is_set(now_ns) else None,
-                monotonic_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-                boot_id=parts.boot_id,
-            )
+            while (await _sweep(parts.committer)).more:
+                pass
         journal.tell()
         await asyncio.to_thread(memory.tidy, time.monotonic())
         await asyncio.sleep(SWEEP_SECONDS)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from agent import boot
 from agent.assembly import Setup
 from agent.beacon import BeaconOptions
 from agent.errors import ConfigError, EnvelopeError, InvalidConfigError, ModelError
@@ -29,7 +30,6 @@ from agent.wire.signing import Signer
 
 SECOND = 10**9
 PACKET_SLACK = 64 << 10  # topic, properties and headers of an MQTT packet
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def _identity(setup: Setup) -> Identity:
@@ -37,7 +37,7 @@ def _identity(setup: Setup) -> Identity:
     vehicle = setup.config.vehicle
     return Identity(
         source=vehicle.source,
-        boot_id=BOOT_ID.read_text(encoding="ascii").strip(),
+        boot_id=boot.boot_id(),
         registration=vehicle.registration,
         fixed_country=vehicle.fixed_country,
     )

@@ -12,6 +12,7 @@ AGENT = ROOT / "agent"
 LAYERS = [
     {"__init__"},
     {"errors", "messages", "topics", "clock", "histogram", "usage", "memory"},
+    {"boot"},
     {"pictures"},
     {"payloads"},
     {"settings"},

@@ -1,13 +1,19 @@
 import asyncio
 import contextlib
 import threading
+from types import SimpleNamespace
 
 import pytest
-from ledger_samples import NOW, delivered, numbers, opened, store
+from ledger_samples import NOW, delivered, numbers, opened, record, store
+from msgspec.structs import replace
 
+from agent import daemon
+from agent.clock import IS_SET_NS
 from agent.errors import LedgerCorruptError, LedgerEntryError, LedgerError, LedgerStalledError
 from agent.store.committer import CommitOptions, Committer
 from agent.store.entries import Rejected, SweepResult, Withdrawn
+
+SET = IS_SET_NS + 1  # the clock was set, and long ago
 
 
 @pytest.fixture
@@ -252,6 +258,20 @@ async def test_sweep_on_a_full_disk_is_no_error_and_shows_as_stalled(ledger):
         ledger.sweep = swept
         await committer.sweep(None)
         assert committer.stalled is None
+
+
+async def test_sweeps_follow_each_other_until_nothing_is_overdue(ledger, patience):
+    overdue = [replace(store(n), record=replace(record(n), recorded_ns=SET, expires_ns=SET + 1)) for n in range(2500)]
+    async with asyncio.timeout(patience), Committer(ledger, CommitOptions()) as committer:
+        await committer.submit(*overdue[:1000])
+        await committer.submit(*overdue[1000:2000])
+        await committer.submit(*overdue[2000:], store(3000))
+        loop = asyncio.create_task(daemon._sweep_loop(SimpleNamespace(committer=committer)))
+        async with asyncio.timeout(daemon.SWEEP_SECONDS * 0.9):
+            while ledger.counts().expired < len(overdue):
+                await committer.call(lambda ledger: ledger.last_key)
+        loop.cancel()
+        assert ledger.counts().pending == 1
 
 
 async def test_unexpected_failure_of_the_thread_reaches_submitters_and_the_block(ledger):

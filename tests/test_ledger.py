@@ -6,6 +6,7 @@ import pytest
 from ledger_samples import MODEL, NOW, SECOND, delivered, in_memory, numbers, opened, record, refused, store
 from msgspec.structs import replace
 
+from agent.clock import Moment
 from agent.errors import LedgerError
 from agent.messages import Priority, Redaction, State
 from agent.store import books
@@ -359,6 +360,20 @@ def test_wall_clock_that_jumps_ahead_by_years_ends_nothing_of_this_boot(ledger):
     assert ledger.sweep(later, monotonic_ns=10 * SECOND + 1, boot_id="boot").expired == 1
     assert ledger.sweep(later, monotonic_ns=11 * SECOND, boot_id="another boot").expired == 1
     assert ledger.counts().conserved
+
+
+def test_what_a_sweep_would_expire_is_offered_to_no_endpoint(ledger):
+    ledger.commit([store(1, ttl=10), store(2, ttl=1000), store(3, ttl=10, priority=Priority.URGENT)])
+    for seconds, monotonic_ns, boot_id, offered in (
+        (10, 0, "", [3, 1, 2]),
+        (11, 0, "", [2]),
+        (11, 10 * SECOND, "boot", [3, 1, 2]),
+        (11, 10 * SECOND + 2, "boot", [3, 2]),
+        (11, 10 * SECOND + 3, "boot", [2]),
+    ):
+        now = Moment(time_ns=NOW + seconds * SECOND, monotonic_ns=monotonic_ns, boot_id=boot_id)
+        assert numbers(ledger.pending("cn", limit=10, now=now)) == offered
+    assert ledger.sweep(now.time_ns, monotonic_ns=now.monotonic_ns, boot_id=now.boot_id).expired == 2
 
 
 def test_lanes_without_records_are_forgotten_when_many_have_gathered(path):

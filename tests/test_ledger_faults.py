@@ -387,6 +387,7 @@ def test_ledger_opens_on_a_full_disk_and_its_reserve_lets_it_be_emptied(path, en
         if ending == "expiry":
             assert ledger.sweep(NOW + 20_000 * SECOND).expired == len(stored)
         else:
+            ledger.commit([Noted(name="policy", value="8", time_ns=NOW)])
             ledger.commit([delivered(stored[0])])
             assert not reserve.exists()
             ledger.commit([delivered(n) for n in stored[1:]])
@@ -543,6 +544,17 @@ ledger.commit([store(9000)])
 assert ledger.counts().conserved
 assert numbers(ledger.spooled(limit=9999, max_bytes=1 << 30)) == [*stored[60:], 9000]
 ledger.close()
+with open(root / "log", "wb", buffering=0) as log:
+    try:
+        while True:
+            log.write(bytes(4096))
+    except OSError as exc:
+        print(exc)
+ledger = opened(path, reserve_bytes=600_000, journal_bytes=200_000, inline_bytes=8000)
+assert ledger.incidents == ()
+ledger.commit([delivered(9000)])
+ledger.close()
+(root / "log").unlink()
 subprocess.run(["mount", "-o", "remount,ro", root], check=True)
 try:
     opened(path)

@@ -412,6 +412,20 @@ async def test_message_expiry_is_what_is_left_when_it_is_sent(endpoint, patience
         assert endpoint.published[0].properties[0x02] in {97, 98}
 
 
+async def test_record_past_its_time_to_live_never_goes_out(endpoint, patience):
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}) as it:
+        await it.store([1, 2], ttl_ns=-1)
+        await it.store([3], priority=Priority.BULK)
+        it.start()
+        await it.until(lambda: it.counts.delivered)
+        await it.store([4], ttl_ns=-1)
+        await it.store([5])
+        await it.until(lambda: it.counts.delivered == 2)
+        assert numbers(endpoint) == [3, 5]
+        assert (await it.committer.sweep(time.time_ns())).expired == 3
+        assert it.counts.pending == 0
+
+
 async def test_old_protocol_gets_the_envelope_without_properties(endpoint, patience):
     async with asyncio.timeout(patience), bench({"a": endpoint.port}, protocol="3.1.1") as it:
         await it.store(range(3))

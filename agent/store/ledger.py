@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
+from agent.clock import Moment
 from agent.errors import LedgerStalledError
 from agent.messages import Priority, Record, State
 from agent.store import retention, tally, upkeep
@@ -43,7 +44,7 @@ from agent.store.entries import (
 from agent.store.reserve import Reserve
 from agent.store.salvage import salvage
 from agent.store.spool import Spool, oldest, serves
-from agent.store.storage import beside, connect, lock, read_only, translated
+from agent.store.storage import Opened, beside, connect, lock, read_only, translated
 from agent.store.transaction import Transaction
 
 SWEEP_RECORDS = 1000  # records that one sweep ends at most, so that it holds the thread for some 50 ms
@@ -62,13 +63,23 @@ class Ledger:
         self._reserve = Reserve(path, limits.reserve_bytes)
         self._lock = lock(path)
         try:
-            opened = connect(path, limits.journal_bytes, self._load)
+            opened = self._connect()
         except BaseException:
             os.close(self._lock)
             raise
         self._connection, self._books, self._aside = opened.connection, opened.loaded, opened.aside
         self._spool = Spool(self._connection, self._books, self._blobs)
         self.incidents = opened.incidents
+
+    def _connect(self) -> Opened[Books]:
+        """Open the database; on a disk too full for the index of its journal, with the reserve given up."""
+        try:
+            with translated(self._path):
+                return connect(self._path, self._limits.journal_bytes, self._load)
+        except LedgerStalledError:
+            if not self._reserve.give():
+                raise
+            return connect(self._path, self._limits.journal_bytes, self._load)
 
     def _load(self, connection: sqlite3.Connection) -> Books:
         forget_empty_lanes(connection)
@@ -107,12 +118,12 @@ class Ledger:
         """Make entries durable in one transaction.
 
         LedgerStalledError: full or failing disk, try again later. LedgerEntryError: one contradicts the ledger.
-        Deliveries and refusals by an endpoint take the reserve when the disk is full.
+        What ends records, and what is noted before deliveries can begin, takes the reserve when the disk is full.
         """
         try:
             self._commit(entries)
         except LedgerStalledError:
-            relieving = all(isinstance(entry, Ending) for entry in entries)
+            relieving = all(isinstance(entry, Ending | Noted) for entry in entries)
             if not relieving or not self._use_reserve():
                 raise
             self._commit(entries)
@@ -171,14 +182,18 @@ class Ledger:
         down: Collection[str] = (),
         skip: Collection[str] = (),
         max_bytes: int = READ_BYTES,
+        now: Moment | None = None,
     ) -> list[Spooled]:
         """The next records for an endpoint by priority, then arrival; keys in (`after`, `until`], ids not in `skip`.
 
-        A record is for the endpoint when it stands first in the route or all before it are in `down`.
+        A record is for the endpoint when it stands first in the route or all before it are in `down`. One that a sweep
+        would expire `now` is left out; None: also such are given.
         """
         priorities = Priority if priority is None else (priority,)
         with translated(self._path):
-            rows = self._spool.pending(lambda route: serves(route, endpoint, down), priorities, after, until)
+            rows = self._spool.pending(
+                lambda route: serves(route, endpoint, down), priorities, after=after, until=until, now=now
+            )
             return self._checked(self._spool.take(rows, limit, max_bytes, skip))
 
     @property
@@ -250,7 +265,7 @@ class Ledger:
         """
         now = None
         if now_ns is not None:
-            now = retention.Moment(time_ns=now_ns, monotonic_ns=monotonic_ns, boot_id=boot_id)
+            now = Moment(time_ns=now_ns, monotonic_ns=monotonic_ns, boot_id=boot_id)
         before = self.counts()
         try:
             self._end_old(now)
@@ -268,7 +283,7 @@ class Ledger:
         more = expired >= SWEEP_RECORDS or evicted >= retention.EVICT_RECORDS
         return SweepResult(expired=expired, evicted=evicted, freed_bytes=freed, more=more)
 
-    def _end_old(self, now: retention.Moment | None) -> None:
+    def _end_old(self, now: Moment | None) -> None:
         time_ns = time.time_ns() if now is None else now.time_ns
         with self._transaction() as transaction:
             if now is not None:

@@ -10,12 +10,13 @@ import heapq
 import itertools
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 
+from agent.clock import Moment
 from agent.messages import Priority, State
 from agent.store import tally
 from agent.store.entries import LedgerLimits
 from agent.store.lanes import Gone, Lane
+from agent.store.spool import OVERDUE, overdue_at
 from agent.store.transaction import Transaction
 
 LIMIT = "ledger.limit"
@@ -24,28 +25,16 @@ DAMAGED = "ledger.damaged"
 EVICT_RECORDS = 10_000  # per transaction: more than one can add; only limits that were lowered need several
 
 # `record_order` tells which are due: 100,000 records are looked through in 20 ms, so no index is kept for it.
-_OLD = """SELECT key, id, lane, priority, class, size, file FROM record INDEXED BY record_order
-    WHERE expires_ns <= ? AND NOT (boot = ? AND monotonic_ns + expires_ns - recorded_ns > ?) LIMIT ?"""
+_OLD = f"""SELECT key, id, lane, priority, class, size, file FROM record INDEXED BY record_order
+    WHERE {OVERDUE} LIMIT ?"""  # noqa: S608 - a constant
 _NAMED = "SELECT key, id, lane, priority, class, size, file FROM record WHERE key = ?"
 _OLDEST = """SELECT key, id, lane, priority, class, size, file FROM record
     WHERE lane = ? AND priority = ? AND key > ? ORDER BY key LIMIT ?"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
-    """Now on both clocks; without a `boot_id` only the wall clock counts."""
-
-    time_ns: int
-    monotonic_ns: int = 0
-    boot_id: str = ""
-
-
 def expire(connection: sqlite3.Connection, transaction: Transaction, now: Moment, limit: int) -> int:
-    """End up to `limit` records whose time has come; how many.
-
-    A record of this boot must also have reached its age on the clock that does not jump.
-    """
-    rows = connection.execute(_OLD, (now.time_ns, now.boot_id, now.monotonic_ns, limit)).fetchall()
+    """End up to `limit` records whose time has come; how many."""
+    rows = connection.execute(_OLD, (*overdue_at(now), limit)).fetchall()
     for row in rows:
         transaction.remove(row, State.EXPIRED, TTL, now.time_ns)
     return len(rows)

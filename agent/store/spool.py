@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import itemgetter
 from typing import Any
 
+from agent.clock import Moment
 from agent.messages import Basis, Capture, Priority, Record, State
 from agent.store.blobs import Blobs
 from agent.store.books import Books
@@ -20,9 +21,12 @@ from agent.store.entries import Spooled
 from agent.store.lanes import Lane
 from agent.store.storage import NonsenseError
 
-_IN_LANE = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
+# A record of this boot must also have reached its age on the clock that does not jump.
+OVERDUE = "expires_ns <= ? AND NOT (boot = ? AND monotonic_ns + expires_ns - recorded_ns > ?)"
+
+_IN_LANE = f"""SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
-    WHERE lane = ? AND priority IN ({}) AND key > ? AND key <= ? ORDER BY priority, key"""
+    WHERE lane = ? AND priority IN ({{}}) AND key > ? AND key <= ? AND NOT ({OVERDUE}) ORDER BY priority, key"""  # noqa: S608 - a constant
 _ALL = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
     WHERE key > ? AND key <= ? ORDER BY key"""
@@ -33,6 +37,7 @@ _TYPES = (int, str, int, int, str, int, int, int, str, str, int, int, int, str, 
 _BASES = frozenset(Basis)
 _PRIORITIES = frozenset(Priority)
 _NO_LIMIT = (1 << 63) - 1
+_NEVER = -(1 << 63)  # a time at which nothing has expired
 
 Rows = Iterator[tuple[Any, ...]]
 
@@ -47,6 +52,11 @@ def oldest(connection: sqlite3.Connection) -> dict[State, int]:
     """When (Unix nanoseconds) the oldest pending and the oldest held record were made; no key where there is none."""
     rows = connection.execute(_OLDEST).fetchall()
     return {State.HELD if held else State.PENDING: first for held, first in rows if isinstance(first, int)}
+
+
+def overdue_at(now: Moment | None) -> tuple[int, str, int]:
+    """The arguments of `OVERDUE`; None: nothing is overdue."""
+    return (now.time_ns, now.boot_id, now.monotonic_ns) if now is not None else (_NEVER, "", 0)
 
 
 def serves(route: str, endpoint: str, down: Collection[str]) -> bool:
@@ -73,17 +83,25 @@ class Spool:
         self.cut = False
 
     def pending(
-        self, wanted: Callable[[str], bool], priorities: Iterable[Priority], after: int, until: int | None
+        self,
+        wanted: Callable[[str], bool],
+        priorities: Iterable[Priority],
+        *,
+        after: int,
+        until: int | None,
+        now: Moment | None,
     ) -> Rows:
-        """Rows of all wanted routes: by priority, then by arrival; keys in (`after`, `until`]."""
+        """Rows of all wanted routes: by priority, then by arrival; keys in (`after`, `until`], none overdue `now`."""
         lanes = [number for (_, route), number in self._books.lanes.items() if wanted(route)]
         last = _NO_LIMIT if until is None else until
-        return heapq.merge(*(self._rows(lane, priorities, after, last) for lane in lanes), key=itemgetter(3, 0))
+        return heapq.merge(*(self._rows(lane, priorities, after, last, now) for lane in lanes), key=itemgetter(3, 0))
 
-    def _rows(self, lane: int, priorities: Iterable[Priority], after: int, last: int) -> Rows:
+    def _rows(
+        self, lane: int, priorities: Iterable[Priority], after: int, last: int, now: Moment | None = None
+    ) -> Rows:
         """By priority and key, as the index has them: one statement, and no row is read before it is wanted."""
         levels = ", ".join(str(int(priority)) for priority in priorities)
-        return self._connection.execute(_IN_LANE.format(levels), (lane, after, last))
+        return self._connection.execute(_IN_LANE.format(levels), (lane, after, last, *overdue_at(now)))
 
     def held(self, after: int) -> Rows:
         """Rows of records without a route, by arrival."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from agent import boot
 from agent.board import Board
 from agent.errors import LedgerStalledError
 from agent.messages import Priority, Record
@@ -25,6 +27,12 @@ class _Found(NamedTuple):
     live: list[Record]
     backlog: list[Record]
     more: bool
+
+
+async def waits(committer: Committer, endpoint: str, down: Collection[str]) -> bool:
+    """Whether the ledger has a record for the endpoint now."""
+    which: dict[str, Any] = {"limit": 1, "down": frozenset(down), "now": boot.moment()}
+    return bool(await committer.call(lambda ledger: ledger.pending(endpoint, **which)))
 
 
 class Supply:
@@ -80,14 +88,15 @@ class Supply:
         now, newest, shares = time.monotonic(), self._newest, self._shares
         self._board.news.discard(self._endpoint)
         skip = set(self._patience.aside(now) | self._board.claimed)
-        down = frozenset(self._board.down)
+        down, moment = frozenset(self._board.down), boot.moment()
 
         def read(ledger: Ledger) -> _Found:
             more = False
 
             def pending(limit: int, most: int = READ_BYTES, **which: Any) -> list[Record]:  # noqa: ANN401 - the ledger's
                 nonlocal more
-                rows = ledger.pending(self._endpoint, limit=limit, down=down, skip=skip, max_bytes=most, **which)
+                which |= {"limit": limit, "down": down, "skip": skip, "max_bytes": most, "now": moment}
+                rows = ledger.pending(self._endpoint, **which)
                 more |= ledger.cut
                 skip.update(row.record.id for row in rows)
                 return [row.record for row in rows]

@@ -46,7 +46,7 @@ from agent.uplink.presence import Presence
 from agent.uplink.recall import Recall
 from agent.uplink.settling import RETRY_LATER, Settling, answer
 from agent.uplink.shares import Shares
-from agent.uplink.supply import Supply
+from agent.uplink.supply import Supply, waits
 from agent.uplink.tls import Shown
 from agent.wire import batch
 
@@ -158,7 +158,7 @@ class Uplink:
             self._wake.clear()
             if not board.reachable(name):
                 board.down.add(name)
-            elif await self._committer.call(lambda ledger: bool(ledger.pending(name, limit=1, down=set(board.down)))):
+            elif await waits(self._committer, name, board.down):
                 return
             await rung(self._wake, asyncio.get_running_loop().time() + POLL_SECONDS)
 
