@@ -189,13 +189,13 @@ class Pipeline:
             source=self.identity.source,
             type=EVENT_TYPE,
             subject=plan.message.topic,
-            time_ns=_coarse(max(plan.capture.time_ns, 0), plan.rule),
+            time_ns=coarse(max(plan.capture.time_ns, 0), plan.rule),
             datacontenttype=plan.media_type,
             dataregion=plan.whereabouts.regions,
             regionbasis=plan.whereabouts.basis,
             dataclassification=plan.rule.data_class,
             policyversion=self.policy.version,
-            recordedtime_ns=_coarse(stamp.now_ns, plan.rule),
+            recordedtime_ns=coarse(stamp.now_ns, plan.rule),
             sequence=stamp.sequence,
             redaction=redaction.summary() if redaction is not None else None,
             modeldigest=redaction.model_digest if redaction is not None else None,
@@ -258,8 +258,8 @@ class Pipeline:
         )
 
 
-def _coarse(time_ns: int, rule: Rule) -> int:
-    """A record of which the rule coarsens a time must not state that time elsewhere."""
+def coarse(time_ns: int, rule: Rule) -> int:
+    """A moment (Unix ns) as a record may state it: a time that its rule coarsens must not stand elsewhere in it."""
     step_ns = max((time.seconds for time in rule.fields.times), default=0) * SECOND if rule.fields else 0
     return time_ns - time_ns % step_ns if step_ns else time_ns
 

@@ -386,6 +386,14 @@ def test_a_late_fix_never_claims_to_be_fresher_than_it_is_by_more_than_the_least
         assert late + least + 0.5 >= true_delay - 1e-6
 
 
+def test_makers_own_sentences_say_nothing_and_spoil_nothing():
+    own = ("PUBX,00,101112.00", "PSTMCPU,31.41,-1,98", "PQTMEPE,2,5.0,4.0,3.0", "PMTK010,001", "PGRME,15.0,M")
+    fix = nmea().read(message(b"".join(map(sentence, own)) + sentence(RMC), 1))
+    assert fix is not None
+    with pytest.raises(PositionError):
+        nmea().read(message(sentence(own[0])[:-4] + b"FF\r\n" + sentence(RMC), 1))
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 5), st.floats(0, 60), st.floats(0, 60) | st.just(0.0)), min_size=3, max_size=60),
     st.integers(-500_000_000, 500_000_000),

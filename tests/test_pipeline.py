@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -9,12 +10,15 @@ from msgspec.structs import replace
 from worlds import COUNTRIES, SEA, STRIPE_M, Drive, Stripes, country, fix, lie, message
 
 from agent.errors import RefusedError
+from agent.intake.line import Line, Numbering
 from agent.messages import Basis, Hold, Message, Publish, Record, State
+from agent.payloads.fields import CoarsePosition, FieldRules
 from agent.payloads.inspection import InspectionLimits
 from agent.pipeline import Identity, Pipeline, Stamp
 from agent.places.positions import PositionHistory
 from agent.policy import UNLISTED, Policy
-from agent.settings.policy_config import DataClass, Endpoint, PolicyConfig, Region, Rule
+from agent.settings.policy_config import CoarsenTime, DataClass, Endpoint, Fields, PolicyConfig, Region, Rule
+from agent.store.entries import Refused
 from agent.wire.envelope import unpack
 
 ENDPOINTS = ("a", "b", "c")
@@ -334,3 +338,39 @@ def test_sea_is_a_region_that_permits_nothing():
     standing(line, range(10), x=-1500.0)
     with pytest.raises(RefusedError, match=r"region\.not-permitted"):
         line.examine(message(9.5, 9.6, states_time=False))
+
+
+async def test_a_message_that_is_refused_last_of_all_takes_no_number():
+    rules = FieldRules(positions=(CoarsePosition(latitude="/lat", longitude="/lon", metres=1000.0),))
+    pipeline = pipeline_of(LAW)
+    pipeline = dataclasses.replace(
+        pipeline,
+        identity=Identity(source="s", boot_id="boot", fixed_country="CC"),
+        field_rules={"car/plain": rules},
+    )
+    line, received = Line(pipeline, None, Numbering({})), message(5.0, 5.0, states_time=False)
+    payloads = (b'{"lat": 22.5, "lon": 114.0}', b'{"lat": "no fix", "lon": 114.0}', b'{"lat": 22.5, "lon": 114.0}')
+    first, refused, second = [await line.entry(replace(received, payload=payload), None) for payload in payloads]
+    assert isinstance(refused, Refused)
+    assert [first.record.sequence, second.record.sequence] == [1, 2]
+
+
+async def test_neither_times_nor_id_of_a_record_tell_what_its_rule_makes_coarse():
+    pipeline = pipeline_of(LAW)
+    rule = Rule(
+        topic="car/plain",
+        action="forward",
+        data_class="data",
+        fields=Fields(times=[CoarsenTime(place="/ts", seconds=3600)]),
+    )
+    policy = Policy(msgspec.structs.replace(pipeline.policy.config, rules=[rule]))
+    pipeline = dataclasses.replace(
+        pipeline, policy=policy, identity=Identity(source="s", boot_id="boot", fixed_country="CC")
+    )
+    now_ns = 1_795_000_000_123_456_789
+    line = Line(pipeline, None, Numbering({}), lambda: now_ns)
+    stored = await line.entry(message(5.0, 5.0, states_time=False), None)
+    attributes = unpack(stored.record.envelope).attributes
+    hour = 3600 * 10**9
+    assert int(attributes.id[:16], 16) == attributes.recordedtime_ns == now_ns - now_ns % hour
+    assert attributes.time_ns % hour == 0

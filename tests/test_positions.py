@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agent.intake.waiting import FOREVER_NS
 from agent.messages import Capture, Fix, Message
 from agent.places.geodesy import at_least_m, at_most_m, middle, sphere_m
 from agent.places.positions import CaptureLimits, PositionHistory, PositionLimits, WallClock, capture_of
@@ -397,6 +398,12 @@ def test_a_stated_time_is_the_capture_time():
 def test_without_a_statement_the_capture_was_shortly_before_arrival():
     assert span(capture_of(message(), None, boot_id="")) == (98 * S, 100 * S)
     assert span(capture_of(message(wait_ns=30 * S), None, boot_id="")) == (68 * S, 100 * S)
+
+
+def test_message_that_waited_for_years_as_far_as_is_known_is_labelled_with_its_arrival():
+    capture = capture_of(message(wait_ns=FOREVER_NS), None, boot_id="")
+    assert 0 <= message().received_ns - capture.time_ns <= 2 * S
+    assert span(capture)[0] <= 100 * S - FOREVER_NS
 
 
 def test_a_statement_from_the_future_leaves_the_largest_delay_open():

@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 from collections import Counter
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, given, settings
@@ -118,6 +118,8 @@ class Bench:
 
     def record(self, number, regions, decision, topic, data_class):
         held = isinstance(decision, Hold)
+        with nullcontext(0) if held else self.line.numbering.next(regions) as sequence:
+            pass
         return Record(
             id=str(number),
             state=State.HELD if held else State.PENDING,
@@ -130,7 +132,7 @@ class Bench:
             capture=Capture(time_ns=number, monotonic_ns=1, boot_id="boot"),
             recorded_ns=SECOND,
             expires_ns=SECOND + 3600 * SECOND,
-            sequence=0 if held else self.line.numbering.next(regions),
+            sequence=sequence,
             envelope=pack(replace(TELEMETRY, id=str(number), dataregion=regions, sequence=1), b"1", None),
         )
 

@@ -184,8 +184,9 @@ class _Car:
             self._held.append(record)
         elif isinstance(decision, Publish):
             tally.step(self.cells, State.HELD, _subject(record), -1)
-            number = self._line.numbering.next(whereabouts.regions)
-            self._send(pipeline.release(record, whereabouts, decision.endpoints, number))
+            with self._line.numbering.next(whereabouts.regions) as number:
+                released = pipeline.release(record, whereabouts, decision.endpoints, number)
+            self._send(released)
         else:
             self._end(record, State.REFUSED, {tally.REASON: decision.reason})
 

@@ -6,13 +6,14 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 from agent.errors import RefusedError
 from agent.intake.turns import Turns
 from agent.messages import Hold, Message, Redaction
-from agent.pipeline import Pipeline, Plan, Stamp
+from agent.pipeline import Pipeline, Plan, Stamp, coarse
 from agent.places.positions import WallClock
 from agent.store.entries import IntakeKey, Refused, Store
 
@@ -55,11 +56,13 @@ class Numbering:
     def __init__(self, last: Mapping[str, int]) -> None:
         self._last = dict(last)
 
-    def next(self, regions: tuple[str, ...]) -> int:
-        """Count from 1 in each stream."""
+    @contextmanager
+    def next(self, regions: tuple[str, ...]) -> Iterator[int]:
+        """The next number of the stream, from 1; it is used up only where the block ends without an exception."""
         stream = ",".join(regions)
-        self._last[stream] = self._last.get(stream, 0) + 1
-        return self._last[stream]
+        number = self._last.get(stream, 0) + 1
+        yield number
+        self._last[stream] = number
 
 
 class Line:
@@ -108,19 +111,19 @@ class Line:
 
     def _store(self, plan: Plan, payload: bytes, redaction: Redaction | None, key: IntakeKey | None) -> Store:
         held, now_ns = isinstance(plan.decision, Hold), self._now_ns()
-        stamp = Stamp(
-            record_id=self._record_id(now_ns),
-            sequence=0 if held else self.numbering.next(plan.whereabouts.regions),
-            now_ns=now_ns,
-        )
-        record = self.pipeline.record(plan, payload, redaction, stamp)
+        with nullcontext(0) if held else self.numbering.next(plan.whereabouts.regions) as sequence:
+            stamp = Stamp(record_id=self._record_id(coarse(now_ns, plan.rule)), sequence=sequence, now_ns=now_ns)
+            record = self.pipeline.record(plan, payload, redaction, stamp)
         reason = plan.decision.reason if isinstance(plan.decision, Hold) else ""
         if reason:
             self.holds[reason] += 1
         return Store(record=record, intake=key, redaction=redaction, reason=reason)
 
     def _record_id(self, now_ns: int) -> str:
-        """Unique, and ascending with the clock: neighbours in the ledger's index are written together."""
+        """32 hexadecimal digits, unique and ascending with the time that the record may state.
+
+        So neighbours in the ledger's index are written together.
+        """
         if not self._random:
             self._random = secrets.token_hex(RANDOM_BYTES * IDS_AHEAD)
         tail, self._random = self._random[: 2 * RANDOM_BYTES], self._random[2 * RANDOM_BYTES :]

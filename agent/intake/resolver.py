@@ -113,8 +113,8 @@ class Resolver:
             return Withdrawn(id=record.id, reason=decision.reason, time_ns=now_ns)
         try:
             if isinstance(decision, Publish) and record.state is State.HELD:
-                sequence = self._inward.line.numbering.next(whereabouts.regions)
-                released = pipeline.release(record, whereabouts, decision.endpoints, sequence)
+                with self._inward.line.numbering.next(whereabouts.regions) as sequence:
+                    released = pipeline.release(record, whereabouts, decision.endpoints, sequence)
                 return Released(record=released, time_ns=now_ns)
             changed = pipeline.rerouted(record, () if isinstance(decision, Hold) else decision.endpoints)
         except EnvelopeError:

@@ -16,7 +16,8 @@ ACCURACY_AGE_NS = 10 * SECOND_NS
 GGA_FIXED = frozenset("123459")  # 0 is no fix, 6 dead reckoning, 7 typed in, 8 simulated
 RMC_FIXED = frozenset("ADFPR")  # mode since NMEA 2.3; E is dead reckoning, M typed in, N no fix, S simulated
 
-_SENTENCE = re.compile(r"\$(?P<body>[A-Z]{2}(?P<kind>[A-Z]{3}),(?P<fields>[ -)+-~]*))\*(?P<sum>[0-9A-Fa-f]{2})")
+_KIND = r"(?:[A-Z]{2}(?P<kind>[A-Z]{3})|P[A-Z0-9]+)"  # P: a maker's own, which says nothing here
+_SENTENCE = re.compile(rf"\$(?P<body>{_KIND},(?P<fields>[ -)+-~]*))\*(?P<sum>[0-9A-Fa-f]{{2}})")
 _LATITUDE = re.compile(r"(\d{2})([0-5]\d(?:\.\d{1,10})?)")
 _LONGITUDE = re.compile(r"([01]\d{2})([0-5]\d(?:\.\d{1,10})?)")
 _TIME = re.compile(r"([01]\d|2[0-3])([0-5]\d)([0-5]\d|60)(?:\.(\d{1,9}))?")
@@ -99,7 +100,7 @@ class NmeaReader:
 
 
 def split_sentence(line: str) -> tuple[str, list[str]]:
-    """Kind and fields of a sentence; raises PositionError where the checksum is missing or wrong."""
+    """Kind (empty: a maker's own) and fields of a sentence; raises PositionError for a checksum missing or wrong."""
     found = _SENTENCE.fullmatch(line)
     if found is None:
         detail = "not an NMEA sentence with a checksum"
@@ -110,7 +111,7 @@ def split_sentence(line: str) -> tuple[str, list[str]]:
     if total != int(found["sum"], 16):
         detail = "NMEA checksum is wrong"
         raise PositionError(detail)
-    return found["kind"], found["fields"].split(",")
+    return found["kind"] or "", found["fields"].split(",")
 
 
 def _degrees(fields: list[str]) -> tuple[float, float]:

@@ -234,7 +234,8 @@ def capture_of(
 
     `stated_ns` is the message's own capture time (Unix ns), `step_ns` the result of `WallClock.observe`. A statement
     is believed when it lies at most `max_delay_ns` before arrival. An older one leaves everything since then open; one
-    in the future, or by a clock that was never set, leaves `max_delay_ns` before arrival open.
+    in the future, or by a clock that was never set, leaves `max_delay_ns` before arrival open. Without a statement the
+    time that is told is the arrival's, less what transport takes, however long the message may have waited.
     """
     limits = limits or CaptureLimits()
     margin = limits.skew_ns + step_ns
@@ -243,7 +244,7 @@ def capture_of(
     ago = least + doubt
     meant = stated_ns is not None and CLOCK_SET_NS <= stated_ns <= message.received_ns + margin
     return Capture(
-        time_ns=stated_ns if meant and stated_ns is not None else message.received_ns - ago,
+        time_ns=stated_ns if meant and stated_ns is not None else message.received_ns - min(ago, limits.transport_ns),
         monotonic_ns=message.monotonic_ns - ago,
         doubt_ns=doubt,
         boot_id=boot_id,
