@@ -73,7 +73,7 @@ def _intake(setup: Setup, topic: str) -> str:
 def _data_class(setup: Setup, rule: Rule) -> str:
     found = setup.policy.data_class(rule.data_class)
     bound = ", bound to the registration" if found.registration_bound else ""
-    return f"{rule.data_class}: {found.priority}, kept for {found.ttl_s:g} s, held for {found.hold_s:g} s{bound}"
+    return f"{rule.data_class}: {found.priority}, kept for {found.ttl_s:g} s, held for {found.held_s:g} s{bound}"
 
 
 def _fields(fields: Fields | None) -> Iterator[str]:
@@ -148,8 +148,8 @@ def _permission(setup: Setup, rule: Rule, whereabouts: Whereabouts) -> Iterator[
         case Publish(endpoints=endpoints):
             yield "decision", f"publish to {', else '.join(endpoints)}"
         case Hold(reason=reason):
-            hold_s = policy.data_class(rule.data_class).hold_s
-            yield "decision", f"hold: {reason}; later fixes may settle it, it expires after {hold_s:g} s"
+            held_s = policy.data_class(rule.data_class).held_s
+            yield "decision", f"hold: {reason}; later fixes may settle it, it expires after {held_s:g} s"
         case Refuse(reason=reason):
             yield "decision", f"refuse: {reason}"
 

@@ -162,7 +162,7 @@ class Pipeline:
         """The record of a message whose payload may leave; raises RefusedError where the wire cannot carry it."""
         data_class = self.policy.data_class(plan.rule.data_class)
         held = isinstance(plan.decision, Hold)
-        lifetime_s = min(data_class.hold_s, data_class.ttl_s) if held else data_class.ttl_s
+        lifetime_s = data_class.held_s if held else data_class.ttl_s
         try:
             attributes = self._attributes(plan, redaction, stamp)
         except EnvelopeError as exc:
@@ -225,7 +225,7 @@ class Pipeline:
         It ends no later than before. What it carries stays; the tag names the policy that gave it its route.
         """
         data_class = self.policy.data_class(record.data_class)
-        lifetime_s = data_class.ttl_s if route else min(data_class.hold_s, data_class.ttl_s)
+        lifetime_s = data_class.ttl_s if route else data_class.held_s
         changed = replace(
             record,
             state=State.PENDING if route else State.HELD,

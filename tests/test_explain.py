@@ -81,9 +81,9 @@ TEN = "2026-11-23T10:00:00Z"
 def ask(tmp_path, capsys):
     """Lines of the explanation, by label; a label that is repeated has several."""
 
-    def asking(topic, *options, agent=AGENT):
+    def asking(topic, *options, agent=AGENT, policy=POLICY):
         (tmp_path / "agent.toml").write_text(agent)
-        (tmp_path / "policy.toml").write_text(POLICY)
+        (tmp_path / "policy.toml").write_text(policy)
         assert command_line.main(["explain", str(tmp_path / "agent.toml"), "--topic", topic, *options]) == 0
         found, label = {}, ""
         for line in capsys.readouterr().out.splitlines():
@@ -127,6 +127,12 @@ def test_doubt_at_the_border_is_held_with_both_candidates_named(ask):
     assert found["permits"] == ["cn: cn spare", "hk: hk"]
     assert found["all permit"] == ["nothing"]
     assert found["decision"] == ["hold: region.doubt; later fixes may settle it, it expires after 120 s"]
+
+
+def test_held_record_expires_with_its_time_to_live_where_that_is_shorter_than_the_hold(ask):
+    found = ask("car/telemetry/speed", "--at", BORDER, policy=POLICY.replace("hold_s = 120", "hold_s = 120\nttl_s = 60"))
+    assert found["class"] == ["telemetry: live, kept for 60 s, held for 60 s"]
+    assert found["decision"] == ["hold: region.doubt; later fixes may settle it, it expires after 60 s"]
 
 
 def test_place_that_permits_nothing_is_refused(ask):
@@ -182,7 +188,8 @@ def test_class_that_is_bound_to_the_registration_asks_its_region_too(ask):
     assert found["permits"] == ["cn: cn hk", "hk: hk (registered in HK)"]
     assert found["decision"] == ["publish to hk"]
     unregistered = AGENT.replace('registration = "HK"', "")
-    found = ask("car/telemetry/tyres", "--at", SHENZHEN, agent=unregistered)
+    placed = POLICY.replace('basis = "registration"', "")
+    found = ask("car/telemetry/tyres", "--at", SHENZHEN, agent=unregistered, policy=placed)
     assert found["permits"][1:] == ["hk: hk (registered in no country)", "unlisted: nothing (registered in no country)"]
     assert found["decision"] == ["refuse: region.not-permitted"]
 

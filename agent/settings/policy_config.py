@@ -72,6 +72,11 @@ class DataClass(Table, frozen=True, kw_only=True):
         bool, Meta(description="The region of registration must permit the endpoint as well")
     ] = False
 
+    @property
+    def held_s(self) -> float:
+        """How long a record lives while it is held."""
+        return min(self.hold_s, self.ttl_s)
+
 
 class CoarsenPosition(Table, frozen=True, kw_only=True):
     """[[rules.fields.positions]]: a position that loses precision."""
