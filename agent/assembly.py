@@ -230,5 +230,10 @@ def _between(config: AgentConfig, policy: Policy, file: Path) -> Iterator[Config
         country = getattr(config.vehicle, key)
         if country and country not in countries:
             yield ConfigError(file, f"vehicle.{key}", country, "a country of one of the policy's regions")
+    if not config.vehicle.registration:
+        for index, rule in enumerate(policy.config.rules):
+            if rule.action != "refuse" and rule.basis == "registration":
+                wanted = f"a country, to which rules[{index}] of the policy binds {rule.topic}"
+                yield ConfigError(file, "vehicle.registration", "nothing", wanted)
     if not config.position and not config.vehicle.fixed_country:
         yield ConfigError(file, "position", "nothing", "at least one [[position]], or vehicle.fixed_country")

@@ -5,8 +5,8 @@ Invariants, upheld here and tried by tests/test_policy.py:
   endpoint that the table does not name is not permitted.
 - A topic that no rule names is refused. The first rule that matches decides.
 - A stored record is decided again as if it came now, but for the regions and the class that it carries.
-- Doubt holds, certainty refuses: where no endpoint is permitted, a record waits only if a narrower set of candidates
-  would permit one.
+- Doubt holds, certainty refuses: where no endpoint is permitted, a record waits only if fixes may narrow its candidates,
+  and a narrower set would permit one.
 - `Cleared` is the only thing that a publisher accepts, and only `Policy.clear` makes one.
 """
 
@@ -111,9 +111,8 @@ class Policy:
             return Publish(endpoints=agreed)
         singles = ((region,) for region in whereabouts.regions)
         hopes = (Whereabouts(regions=single, basis=whereabouts.basis) for single in singles)
-        if len(whereabouts.regions) > 1 and any(
-            self.permitted(self.bound(data_class, hope, registration), data_class) for hope in hopes
-        ):
+        narrows = whereabouts.basis is Basis.GNSS and len(whereabouts.regions) > 1
+        if narrows and any(self.permitted(self.bound(data_class, hope, registration), data_class) for hope in hopes):
             return Hold(reason="region.doubt")
         return Refuse(reason="region.not-permitted")
 

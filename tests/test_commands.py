@@ -129,6 +129,16 @@ def test_what_does_not_fit_together_is_named(files, old, new, key):
     assert mistakes(files) == {key}
 
 
+def test_rule_that_is_bound_to_the_registration_needs_one(files, capsys):
+    change(files / "policy.toml", 'class = "data" }', 'class = "data", basis = "registration" }')
+    assert mistakes(files) == {"vehicle.registration"}
+    assert command_line.main(["check", str(files / "agent.toml")]) == 2
+    wanted = "vehicle.registration: found 'nothing', wanted a country, to which rules[0] of the policy binds vehicle/#"
+    assert wanted in capsys.readouterr().err
+    change(files / "agent.toml", 'name = "one"', 'name = "one"\nregistration = "CN"')
+    assembly.load(files / "agent.toml")
+
+
 @pytest.mark.parametrize(
     ("telemetry", "positions", "key"),
     [

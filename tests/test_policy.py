@@ -87,11 +87,12 @@ def test_decision_never_names_an_endpoint_that_a_candidate_forbids(permit, regio
         assert not allowed
 
 
-@given(permits, candidates)
-def test_doubt_holds_and_certainty_refuses(permit, regions):
+@given(permits, candidates, st.sampled_from(Basis))
+def test_doubt_that_fixes_may_end_holds_and_all_else_refuses(permit, regions, basis):
     policy = policy_of(permit)
-    decision = policy.decide("data", Whereabouts(regions=regions))
+    decision = policy.decide("data", Whereabouts(regions=regions, basis=basis))
     hope = len(regions) > 1 and any(model_permits(permit, [region], name) for region in regions for name in ENDPOINTS)
+    hope = hope and basis is Basis.GNSS
     allowed = any(model_permits(permit, regions, name) for name in ENDPOINTS)
     expected = Publish if allowed else Hold if hope else Refuse
     assert isinstance(decision, expected)
