@@ -5,8 +5,8 @@ Invariants, upheld here and tried by tests/test_policy.py:
   endpoint that the table does not name is not permitted.
 - A topic that no rule names is refused. The first rule that matches decides.
 - A stored record is decided again as if it came now, but for the regions and the class that it carries.
-- Doubt holds, certainty refuses: where no endpoint is permitted, a record waits only if fixes may narrow its candidates,
-  and a narrower set would permit one.
+- Doubt holds, certainty refuses: where no endpoint is permitted, a record waits only if fixes may narrow its
+  candidates, and a narrower set would permit one.
 - `Cleared` is the only thing that a publisher accepts, and only `Policy.clear` makes one.
 """
 

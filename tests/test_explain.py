@@ -130,7 +130,8 @@ def test_doubt_at_the_border_is_held_with_both_candidates_named(ask):
 
 
 def test_held_record_expires_with_its_time_to_live_where_that_is_shorter_than_the_hold(ask):
-    found = ask("car/telemetry/speed", "--at", BORDER, policy=POLICY.replace("hold_s = 120", "hold_s = 120\nttl_s = 60"))
+    policy = POLICY.replace("hold_s = 120", "hold_s = 120\nttl_s = 60")
+    found = ask("car/telemetry/speed", "--at", BORDER, policy=policy)
     assert found["class"] == ["telemetry: live, kept for 60 s, held for 60 s"]
     assert found["decision"] == ["hold: region.doubt; later fixes may settle it, it expires after 60 s"]
 
