@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -14,7 +13,7 @@ from agent import topics
 from agent.errors import ConfigError, InvalidConfigError
 from agent.places.geojson import read_polygons
 from agent.places.regions import RegionMap
-from agent.policy import Policy
+from agent.policy import Policy, is_loopback
 from agent.settings.config import (
     AgentConfig,
     PositionSource,
@@ -152,12 +151,9 @@ def _is_missing(path: Path) -> bool:
 
 def _metrics(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
     """Nothing is served beyond the vehicle (`metrics`)."""
-    try:
-        served = ipaddress.ip_address(config.metrics.host).is_loopback
-    except ValueError:
-        served = False
-    if not served:
-        yield ConfigError(file, "metrics.host", config.metrics.host, "a loopback address, as 127.0.0.1 or ::1")
+    host = config.metrics.host
+    if host == "localhost" or not is_loopback(host):  # a name is none that could be served on
+        yield ConfigError(file, "metrics.host", host, "a loopback address, as 127.0.0.1 or ::1")
 
 
 def _intake(config: AgentConfig, file: Path) -> Iterator[ConfigError]:

@@ -1,4 +1,4 @@
-"""Which boot this is, and the present moment in it."""
+"""Which boot this is, its clock, and the present moment in it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def boot_id() -> str:
     return _BOOT_ID.read_text(encoding="ascii").strip()
 
 
+def boot_ns() -> int:
+    """CLOCK_BOOTTIME: it counts while the machine sleeps, and nobody sets it."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 def moment() -> Moment:
     """Now, on both clocks."""
-    return Moment(time_ns=time.time_ns(), monotonic_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME), boot_id=boot_id())
+    return Moment(time_ns=time.time_ns(), monotonic_ns=boot_ns(), boot_id=boot_id())

@@ -73,7 +73,7 @@ class _Reach:
         self._asked_ns = -REACH_NS
 
     def allows(self, endpoint: str) -> bool:
-        now_ns, pipeline = time.clock_gettime_ns(time.CLOCK_BOOTTIME), self._line.pipeline
+        now_ns, pipeline = boot.boot_ns(), self._line.pipeline
         if now_ns - self._asked_ns >= REACH_NS or pipeline is not self._pipeline:
             self._regions = pipeline.here(now_ns, time.time_ns())
             self._asked_ns, self._pipeline = now_ns, pipeline

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from agent import status
+from agent.boot import boot_ns
 from agent.intake.intake import Fixes, Intake
 from agent.memory import resident_bytes
-from agent.mqtt.sockets import boot_ns
 from agent.redaction.pool import RedactionPool
 from agent.store.committer import Committer
 from agent.uplink.uplink import Uplink

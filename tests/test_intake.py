@@ -9,6 +9,7 @@ from fake_broker import PUBLISH, fake_broker, packet, text
 from ledger_samples import in_memory
 
 from agent.board import Board
+from agent.boot import boot_ns
 from agent.errors import LedgerCorruptError
 from agent.intake import intake
 from agent.intake.intake import Fixes, Intake, IntakeOptions, Inward
@@ -16,7 +17,6 @@ from agent.intake.turns import Turns
 from agent.intake.waiting import FOREVER_NS
 from agent.mqtt import backoff
 from agent.mqtt.packets import Session
-from agent.mqtt.sockets import boot_ns
 from agent.places.positions import PositionHistory
 from agent.store.committer import CommitOptions, Committer
 from agent.store.entries import LedgerLimits, Refused, Store

@@ -22,6 +22,7 @@ from typing import Any
 from agent import topics
 from agent.alarm import rung
 from agent.board import Board
+from agent.boot import boot_ns
 from agent.errors import AgentError, LedgerEntryError, LedgerError, PositionError
 from agent.histogram import WORK_SECONDS, Histogram
 from agent.intake.line import Line
@@ -30,7 +31,6 @@ from agent.messages import Message, State
 from agent.mqtt.backoff import delays
 from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Delivery, Outgoing, Session
-from agent.mqtt.sockets import boot_ns
 from agent.places.gnss import FixReader
 from agent.places.positions import PositionHistory
 from agent.store.committer import Committer

@@ -24,11 +24,11 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from agent.boot import boot_ns
 from agent.errors import EndpointError
 from agent.mqtt.client import CONNECT_SECONDS, DirectClient, Incoming, connect, new_client
 from agent.mqtt.inbox import Inbox
 from agent.mqtt.packets import Delivery, Outgoing, Puback, Session
-from agent.mqtt.sockets import boot_ns
 from agent.mqtt.threads import beside
 from agent.mqtt.transport import Transport
 

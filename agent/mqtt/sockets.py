@@ -10,6 +10,8 @@ import struct
 import termios
 import time
 
+from agent.boot import boot_ns
+
 NOTSENT_LOWAT = 25  # tcp(7), TCP_NOTSENT_LOWAT
 UNSENT_BYTES = 64 << 10  # what the kernel may queue beyond what the link carries: urgent data waits behind no more
 BYTES_ACKED = 120  # offset of tcpi_bytes_acked in struct tcp_info of <linux/tcp.h>, since Linux 4.1
@@ -17,11 +19,6 @@ INFO_BYTES = 256
 LONE_PACKET_BYTES = 64  # a PINGREQ or a PUBACK: no sign that anything larger gets through
 RESET = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER: close with RST, and forget what was not sent
 LOOK_NS = 1_500_000_000  # a socket is looked at every second; a longer gap is a process that stood still
-
-
-def boot_ns() -> int:
-    """CLOCK_BOOTTIME: it counts while the machine sleeps, and nobody sets it."""
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 class Gauge:

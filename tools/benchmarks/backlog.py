@@ -15,8 +15,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from agent import assembly, wiring
+from agent.boot import boot_ns
 from agent.messages import Message
-from agent.mqtt.sockets import boot_ns
 from agent.pipeline import Stamp
 from agent.store.entries import Store
 from agent.store.ledger import Ledger
