@@ -32,7 +32,7 @@ ATTEMPTS = 3  # another process may take the chosen port first
 
 Command = Callable[[int, Path], list[str]]
 _CHOICE = random.SystemRandom()
-_HELD: dict[int, socket.socket] = {}  # ports that this process picked, each with the socket that tells others so
+_HELD: dict[int, int] = {}  # ports that this process picked, each with the descriptor of the socket that tells so
 
 
 class BrokerError(AgentError, OSError):
@@ -148,14 +148,15 @@ def _hold(port: int) -> bool:
     except OSError:
         name.close()
         return False
-    _HELD[port] = name
+    _HELD[port] = name.detach()  # open until it is given back, or this process ends
     return True
 
 
 def give_back(port: int) -> None:
     """Let others pick a port of `free_port` again; nothing where it is none."""
-    if name := _HELD.pop(port, None):
-        name.close()
+    descriptor = _HELD.pop(port, None)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def mosquitto_path() -> str | None:
