@@ -124,6 +124,7 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack, reload: asyn
     stack.push_async_callback(worker.close)
     line = Line(pipeline, worker, Numbering(ledger.sequences()))
     board = Board(reachable=_Reach(line).allows)
+    committer.on_stored(board.offer)
     fixes = Fixes(wiring.fix_readers(setup), pipeline.positions)
     inward = Inward(line=line, committer=committer, fixes=fixes, board=board)
     registration = setup.config.vehicle.registration

@@ -86,8 +86,6 @@ class Bench:
     async def store(self, numbers, **fields):
         records = [record(number, **fields) for number in numbers]
         await asyncio.gather(*(self.committer.submit(Store(record=one)) for one in records))
-        for one in records:
-            self.board.wake(one.route)
 
     def start(self, *names):
         for name in names or self.ports:
@@ -131,6 +129,7 @@ async def bench(ports, company_s=1.0, **options):
     ledger = Ledger.open(folder / "ledger.db", LedgerLimits(reserve_bytes=65536))
     async with Committer(ledger, CommitOptions(max_delay_s=0.001, company_s=company_s)) as committer:
         made = Bench(committer, Board(), policy_of(*ports), ports, options)
+        committer.on_stored(made.board.offer)
         try:
             yield made
         finally:

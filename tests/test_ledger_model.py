@@ -92,7 +92,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for each in fields:
             self.number += 1
             entries.append(store(self.number, mid=self.number**2 % 11, **each))
-        self.ledger.commit(entries)
+        arrived = self.ledger.commit(entries)
         for entry in entries:
             self.model.received += 1
             self.published.append((entry.intake.mid, entry.intake.digest))
@@ -101,11 +101,16 @@ class LedgerMachine(RuleBasedStateMachine):
             else:
                 self.model.spool[entry.record.id] = entry.record
         self.model.evict()
+        self.came_in(entries, arrived)
         return multiple(*(entry.record.id for entry in entries))
+
+    def came_in(self, entries, arrived):
+        """A commit names the records that it has brought into the car, and none that it evicted at once."""
+        assert arrived == [entry.record for entry in entries if entry.record.id in self.model.spool]
 
     @rule()
     def refuse(self):
-        self.ledger.commit([refused()])
+        assert self.ledger.commit([refused()]) == []
         self.model.received += 1
         self.model.ended[State.REFUSED] += 1
 
@@ -128,7 +133,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if held is None or held.route:
             return
         pending = replace(held, state=State.PENDING, route=("a",), regions=held.regions[:1], envelope=b"n" * size)
-        self.ledger.commit([Released(record=pending, time_ns=NOW)])
+        assert self.ledger.commit([Released(record=pending, time_ns=NOW)]) == []
         self.model.spool[name] = pending
         self.model.evict()
 
@@ -138,7 +143,8 @@ class LedgerMachine(RuleBasedStateMachine):
         numbers = range(self.number + 1, self.number + 1 + len(sizes))
         stores = [store(number, size=size) for number, size in zip(numbers, sizes, strict=True)]
         self.number += len(sizes)
-        self.ledger.commit([*(delivered(int(name[3:])) for name in ended), *stores, delivered(int(last[3:]))])
+        ends = (delivered(int(name[3:])) for name in ended)
+        arrived = self.ledger.commit([*ends, *stores, delivered(int(last[3:]))])
         for name in ended:
             self.model.end(name, State.DELIVERED)
         for entry in stores:
@@ -146,6 +152,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.model.spool[entry.record.id] = entry.record
         self.model.end(last, State.DELIVERED)
         self.model.evict()
+        self.came_in(stores, arrived)
 
     @rule(stores=st.integers(0, 40), wrong=st.integers(0, 40))
     def clash(self, stores, wrong):

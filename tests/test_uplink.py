@@ -1,4 +1,5 @@
 import asyncio
+import random
 import time
 from collections import Counter
 
@@ -12,7 +13,7 @@ from agent.errors import LedgerStalledError
 from agent.messages import Priority
 from agent.mqtt import backoff
 from agent.mqtt import connection as mqtt
-from agent.uplink import settling
+from agent.uplink import settling, supply
 from agent.uplink.patience import Patience
 from agent.uplink.shares import SHARE, Shares
 
@@ -38,6 +39,42 @@ async def test_record_leaves_the_ledger_only_after_the_puback(endpoint, patience
         assert (it.counts.pending, it.counts.delivered) == (1, 0)
         endpoint.session.puback(endpoint.published[0].mid)
         await it.until(lambda: it.counts.delivered == 1)
+
+
+async def test_record_that_is_stored_while_no_other_waits_is_not_read_from_the_disk(endpoint, patience, monkeypatch):
+    monkeypatch.setattr(supply, "LOOK_SECONDS", 3600.0)
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}) as it:
+        await it.store([0])
+        it.start()
+        await it.until(lambda: it.counts.delivered == 1)
+        reads, pending = [], it.committer.ledger.pending
+        monkeypatch.setattr(
+            it.committer.ledger, "pending", lambda *args, **which: reads.append(args) or pending(*args, **which)
+        )
+        for number in range(1, 20):
+            await it.store([number], size=40 if number % 5 else 300_000)
+        await it.until(lambda: it.counts.delivered == 20 and not it.board.claimed)
+        assert (numbers(endpoint), reads) == ([*range(20)], [])
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_records_go_in_the_order_of_their_arrival_whether_taken_or_read(endpoint, patience, seed):
+    rng = random.Random(seed)
+
+    def slowly(session, publish):
+        asyncio.get_running_loop().call_later(rng.choice((0, 0, 0.002, 0.03)), session.puback, publish.mid)
+
+    endpoint.on_publish = slowly
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, in_flight=4) as it:
+        it.start()
+        number = 0
+        while number < 300:
+            burst = range(number, number + rng.choice((1, 1, 2, 3, 12, 40)))
+            await it.store(burst, size=rng.choice((40, 40, 40, 20_000, 200_000)))
+            number = burst.stop
+            await asyncio.sleep(rng.choice((0, 0, 0.01, 0.05)))
+        await it.until(lambda: it.counts.delivered == number and not it.board.claimed)
+        assert numbers(endpoint) == [*range(number)]
 
 
 async def test_record_whose_delivery_is_not_durable_yet_is_sent_once_and_written_down_with_the_next_store(

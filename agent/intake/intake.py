@@ -258,10 +258,8 @@ class Intake:
         async with self._inward.line.turns.deciding():
             entry = await self._committed(message, key, malformed=delivery.malformed)
         self.durable.observe((boot_ns() - message.monotonic_ns) / SECOND)
-        if isinstance(entry, Store):
-            self._inward.board.wake(entry.record.route)
-            if entry.record.state is State.HELD:
-                self._inward.fixes.arrived.set()  # a fix may have come between the decision and the commit
+        if isinstance(entry, Store) and entry.record.state is State.HELD:
+            self._inward.fixes.arrived.set()  # a fix may have come between the decision and the commit
 
     async def _committed(self, message: Message, key: IntakeKey | None, *, malformed: bool) -> Store | Refused:
         """What has become of the message, durable."""

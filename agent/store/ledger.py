@@ -114,24 +114,25 @@ class Ledger:
             self.commit([Noted(name="audit.rollback", value=remembered, time_ns=time.time_ns())])
         self._reserve.take()
 
-    def commit(self, entries: Sequence[Entry]) -> None:
-        """Make entries durable in one transaction.
+    def commit(self, entries: Sequence[Entry]) -> list[Record]:
+        """Make entries durable in one transaction; the records that they brought into the car.
 
         LedgerStalledError: full or failing disk, try again later. LedgerEntryError: one contradicts the ledger.
         What ends records, and what is noted before deliveries can begin, takes the reserve when the disk is full.
         """
         try:
-            self._commit(entries)
+            return self._commit(entries)
         except LedgerStalledError:
             relieving = all(isinstance(entry, Ending | Noted) for entry in entries)
             if not relieving or not self._use_reserve():
                 raise
-            self._commit(entries)
+            return self._commit(entries)
 
-    def _commit(self, entries: Sequence[Entry]) -> None:
+    def _commit(self, entries: Sequence[Entry]) -> list[Record]:
         with self._transaction() as transaction:
             transaction.apply(entries)
             retention.make_room(self._connection, transaction, self._limits, latest_ns(entries))
+        return [*transaction.arrived.values()]
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Transaction]:

@@ -221,8 +221,8 @@ class Uplink:
                 self.turned = time.monotonic()
                 self._wake.clear()
                 self._renewing |= self.shown.due(time.monotonic())
-                if not (self._draining or self._renewing):
-                    await supply.refill(loading.wanted(self._window(connection)))
+                ending = self._draining or self._renewing
+                await supply.refill(0 if ending else loading.wanted(self._window(connection)))
                 while ready and self._may_send(connection):
                     await self._send(connection, outlet, loading.next(connection.maximum_packet_size))
                 if not ready or not self._may_send(connection):
