@@ -27,6 +27,7 @@ from agent.clock import Moment
 from agent.errors import LedgerStalledError
 from agent.messages import Priority, Record, State
 from agent.store import retention, tally, upkeep
+from agent.store.aside import Opened, begin_salvage, connect, end_salvage
 from agent.store.blobs import Blobs
 from agent.store.books import Books, forget_empty_lanes, load, read_cells
 from agent.store.entries import (
@@ -44,7 +45,7 @@ from agent.store.entries import (
 from agent.store.reserve import Reserve
 from agent.store.salvage import salvage
 from agent.store.spool import Spool, oldest, serves
-from agent.store.storage import Opened, beside, connect, lock, read_only, translated
+from agent.store.storage import beside, lock, read_only, translated
 from agent.store.transaction import Transaction
 
 SWEEP_RECORDS = 1000  # records that one sweep ends at most, so that it holds the thread for some 50 ms
@@ -107,7 +108,9 @@ class Ledger:
     def _recover(self) -> None:
         """Carry over what can be read of damaged files; notice that the journal lost what the seal remembers."""
         if self._aside is not None:
+            begin_salvage(self._path)
             self.incidents += (salvage(self._aside, self._transaction),)
+        end_salvage(self._path)
         problem, remembered = self._sealer.compare(self._books.head)
         self.incidents += (problem,) if problem else ()
         if remembered:
