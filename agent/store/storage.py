@@ -95,8 +95,6 @@ Loaded = TypeVar("Loaded")
 class NonsenseError(sqlite3.DatabaseError):
     """The file is a sound database that holds what no ledger writes."""
 
-    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-
 
 def beside(path: Path, suffix: str) -> Path:
     """A file of the ledger's family."""
@@ -109,7 +107,13 @@ def is_damage(exc: sqlite3.Error) -> bool:
 
 
 def _code(exc: sqlite3.Error) -> int:
-    return getattr(exc, "sqlite_errorcode", 0) & 0xFF
+    return sqlite3.SQLITE_CORRUPT if _is_nonsense(exc) else getattr(exc, "sqlite_errorcode", 0) & 0xFF
+
+
+def _is_nonsense(exc: sqlite3.Error) -> bool:
+    """Whether a check by SQLite would not find it; text that is no UTF-8 is an error of Python's, without a code."""
+    no_text = isinstance(exc, sqlite3.OperationalError) and not hasattr(exc, "sqlite_errorcode")
+    return no_text or isinstance(exc, NonsenseError)
 
 
 @contextlib.contextmanager
@@ -134,7 +138,7 @@ def translated(path: Path, *, mark: bool = True) -> Iterator[None]:
 
 def _mark(path: Path, exc: sqlite3.Error) -> None:
     with contextlib.suppress(OSError):
-        beside(path, ".suspect").write_text(NONSENSE if isinstance(exc, NonsenseError) else "")
+        beside(path, ".suspect").write_text(NONSENSE if _is_nonsense(exc) else "")
 
 
 def lock(path: Path) -> int:
