@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from agent.clock import IS_SET_NS, Moment, is_set
 from agent.messages import Capture
-from agent.store.lifetime import DUE, MADE_NS, OVERDUE, UNDATED, arguments, left_ns
+from agent.store.lifetime import DUE, MADE_NS, OVERDUE, UNDATED, arguments, left_ns, overdue
 
 SECOND = 10**9
 TTL = 100 * SECOND
@@ -52,10 +52,16 @@ moments = st.builds(
 
 
 @given(records, moments)
+def test_sql_and_values_agree_on_what_is_overdue(record, now):
+    assert bool(in_sql(OVERDUE, record, now)) == overdue(record, now)
+    assert left_ns(record, now) <= record.expires_ns - record.recorded_ns
+
+
+@given(records, moments)
 def test_sweep_ends_what_is_overdue_and_dates_what_has_no_date_and_nothing_else(record, now):
     due, undated = bool(in_sql(DUE, record, now)), bool(in_sql(UNDATED, record, now))
     assert undated != is_set(record.recorded_ns)
-    assert (due and not undated) == bool(in_sql(OVERDUE, record, now))
+    assert (due and not undated) == overdue(record, now)
     assert not due or is_set(now.time_ns)
 
 

@@ -34,3 +34,8 @@ def left_ns(record: Record, now: Moment) -> int:
     if capture.boot_id == now.boot_id:
         left.append(capture.monotonic_ns + capture.doubt_ns + whole_ns - now.monotonic_ns)
     return min(max(left, default=whole_ns), whole_ns)
+
+
+def overdue(record: Record, now: Moment) -> bool:
+    """`OVERDUE`, of a record that was read."""
+    return is_set(now.time_ns) and is_set(record.recorded_ns) and left_ns(record, now) <= 0

@@ -3,6 +3,7 @@
 Invariants:
 - A record is published only through an `Outlet`, which takes nothing but what `Policy.clear` made the moment before.
 - A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again.
+- A record whose time is up is not sent: the ledger gives none, and each is looked at again when its turn comes.
 - At most the endpoint's window is in flight, in PUBLISHes and in bytes; no record is in flight at two endpoints. What
   is said of the vehicle's presence counts: an endpoint may hang up on one PUBLISH above its Receive Maximum.
 - Urgent records go first; then live ones, with a share for the backlog, so that both always move (`shares`).
@@ -38,6 +39,7 @@ from agent.mqtt.packets import Puback
 from agent.policy import Cleared, Policy
 from agent.store.committer import Committer
 from agent.store.entries import Entry
+from agent.store.lifetime import overdue
 from agent.uplink.egress import dial
 from agent.uplink.flights import Flight, Flights
 from agent.uplink.loading import Loading
@@ -259,6 +261,9 @@ class Uplink:
     async def _send(self, connection: Connection, outlet: Outlet, records: Sequence[Record]) -> None:
         policy, now, cleared, recalled = self._policy(), boot.moment(), [], []
         for record in records:
+            if overdue(record, now):
+                self._board.claimed.discard(record.id)  # a sweep ends it
+                continue
             one = policy.clear(record, self.options.name, self._registration)
             if one is None:
                 recalled.append(record)
