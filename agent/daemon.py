@@ -22,7 +22,6 @@ from agent import __version__, boot, journal, status, systemd, vitals, wiring
 from agent.assembly import Setup
 from agent.beacon import Beacon
 from agent.board import Board
-from agent.clock import is_set
 from agent.errors import AgentError, LedgerStalledError
 from agent.intake.intake import Fixes, Intake, Inward
 from agent.intake.line import Line, Numbering
@@ -226,8 +225,7 @@ async def _drain(parts: Parts) -> None:
 
 async def _sweep(committer: Committer) -> SweepResult:
     now = boot.moment()
-    time_ns = now.time_ns if is_set(now.time_ns) else None
-    return await committer.sweep(time_ns, monotonic_ns=now.monotonic_ns, boot_id=now.boot_id)
+    return await committer.sweep(now.time_ns, monotonic_ns=now.monotonic_ns, boot_id=now.boot_id)
 
 
 async def _sweep_loop(parts: Parts) -> None:

@@ -6,11 +6,22 @@ import pytest
 from ledger_samples import MODEL, NOW, SECOND, delivered, in_memory, numbers, opened, record, refused, store
 from msgspec.structs import replace
 
-from agent.clock import Moment
+from agent.clock import IS_SET_NS, Moment
 from agent.errors import LedgerError
-from agent.messages import Priority, Redaction, State
+from agent.messages import Capture, Priority, Redaction, State
 from agent.store import books
-from agent.store.entries import IntakeKey, Noted, Redecided, Rejected, Released, SessionReset, Store, Withdrawn
+from agent.store.audit_cli import export, verify
+from agent.store.entries import (
+    IntakeKey,
+    Noted,
+    Redecided,
+    Rejected,
+    Released,
+    SessionReset,
+    Store,
+    SweepResult,
+    Withdrawn,
+)
 from agent.store.ledger import Ledger
 
 
@@ -191,6 +202,13 @@ def test_held_record_becomes_pending_with_narrowed_regions_and_a_new_envelope(le
     assert ledger.sequences() == {"cn,hk": 1, "hk": 9}
 
 
+def test_commit_names_the_records_that_it_leaves_in_the_car_as_they_came(ledger):
+    held, gone = store(1, route=()), store(2)
+    settled = replace(held.record, state=State.PENDING, route=("cn",), envelope=b"new")
+    stored = [held, gone, store(3), Released(record=settled, time_ns=NOW), delivered(2)]
+    assert ledger.commit(stored) == [record(3)]
+
+
 def test_regions_are_never_widened_and_the_capture_never_changes(ledger):
     original = record(1, route=(), regions=("cn", "hk"))
     ledger.commit([Store(record=original)])
@@ -356,8 +374,8 @@ def test_records_expire_at_their_time_and_not_while_the_clock_is_not_trusted(led
 def test_wall_clock_that_jumps_ahead_by_years_ends_nothing_of_this_boot(ledger):
     ledger.commit([store(1, ttl=10), store(2, ttl=1000)])
     later = NOW + 9 * 365 * 86_400 * SECOND
-    assert ledger.sweep(later, monotonic_ns=10 * SECOND, boot_id="boot").expired == 0
-    assert ledger.sweep(later, monotonic_ns=10 * SECOND + 1, boot_id="boot").expired == 1
+    assert ledger.sweep(later, monotonic_ns=10 * SECOND + 5, boot_id="boot").expired == 0
+    assert ledger.sweep(later, monotonic_ns=10 * SECOND + 6, boot_id="boot").expired == 1
     assert ledger.sweep(later, monotonic_ns=11 * SECOND, boot_id="another boot").expired == 1
     assert ledger.counts().conserved
 
@@ -368,12 +386,69 @@ def test_what_a_sweep_would_expire_is_offered_to_no_endpoint(ledger):
         (10, 0, "", [3, 1, 2]),
         (11, 0, "", [2]),
         (11, 10 * SECOND, "boot", [3, 1, 2]),
-        (11, 10 * SECOND + 2, "boot", [3, 2]),
-        (11, 10 * SECOND + 3, "boot", [2]),
+        (11, 10 * SECOND + 7, "boot", [3, 2]),
+        (11, 10 * SECOND + 8, "boot", [2]),
     ):
         now = Moment(time_ns=NOW + seconds * SECOND, monotonic_ns=monotonic_ns, boot_id=boot_id)
         assert numbers(ledger.pending("cn", limit=10, now=now)) == offered
     assert ledger.sweep(now.time_ns, monotonic_ns=now.monotonic_ns, boot_id=now.boot_id).expired == 2
+
+
+def undated(number, *, ttl=10, boot_id="boot", doubt_s=5, **fields):
+    """A record of a message that arrived 100 s after the boot, while the clock said 1970."""
+    capture = Capture(
+        time_ns=60 * SECOND, monotonic_ns=(100 - doubt_s) * SECOND, doubt_ns=doubt_s * SECOND, boot_id=boot_id
+    )
+    times = {"recorded_ns": 61 * SECOND, "expires_ns": (61 + ttl) * SECOND, "capture": capture}
+    return Store(record=replace(record(number, **fields), **times))
+
+
+@pytest.mark.parametrize("doubt_s", [5, 366 * 86_400])
+def test_record_made_before_the_clock_was_set_is_dated_by_its_age_when_it_is_set(ledger, doubt_s):
+    made = undated(1, doubt_s=doubt_s)
+    ledger.commit([made, undated(2, doubt_s=doubt_s, route=())])
+    unset, then = 1000 * SECOND, {"monotonic_ns": 103 * SECOND, "boot_id": "boot"}
+    for now_ns in (None, unset):
+        assert ledger.sweep(now_ns, **then) == SweepResult()
+    for now_ns in (unset, NOW):
+        now = Moment(time_ns=now_ns, **then)
+        assert [one.record for one in ledger.pending("cn", limit=10, now=now)] == [made.record]
+    assert ledger.sweep(NOW, **then).expired == 0
+    dated = replace(made.record, recorded_ns=NOW - 3 * SECOND, expires_ns=NOW + 7 * SECOND)
+    assert [one.record for one in ledger.pending("cn", limit=10, now=now)] == [dated]
+    assert ledger.sweep(NOW + 7 * SECOND - 1, monotonic_ns=200 * SECOND, boot_id="next").expired == 0
+    assert ledger.sweep(NOW + 7 * SECOND, monotonic_ns=200 * SECOND, boot_id="next").expired == 2
+    assert ledger.counts().conserved
+
+
+def test_record_of_an_earlier_boot_without_a_date_lives_one_time_to_live_from_the_first_sweep(ledger):
+    made = undated(1)
+    ledger.commit([made])
+    now = Moment(time_ns=NOW, monotonic_ns=5 * SECOND, boot_id="next")
+    assert [one.record for one in ledger.pending("cn", limit=10, now=now)] == [made.record]
+    for seconds, expired in ((0, 0), (9, 0), (10, 1)):
+        assert ledger.sweep(NOW + seconds * SECOND, monotonic_ns=5 * SECOND, boot_id="next").expired == expired
+    assert ledger.counts().conserved
+
+
+def test_record_past_its_time_to_live_when_the_clock_is_set_expires(ledger):
+    ledger.commit([undated(1)])
+    then = {"monotonic_ns": 110 * SECOND, "boot_id": "boot"}
+    assert ledger.sweep(NOW, **then).expired == 0
+    assert ledger.pending("cn", limit=10, now=Moment(time_ns=NOW, **then)) == []
+    assert ledger.sweep(NOW, **then).expired == 1
+
+
+def test_records_are_dated_a_bounded_number_at_a_time_and_each_once(path, monkeypatch):
+    monkeypatch.setattr("agent.store.ledger.SWEEP_RECORDS", 2)
+    ledger = opened(path)
+    ledger.commit([undated(n) for n in range(5)])
+    barely_set, then = IS_SET_NS + SECOND, {"monotonic_ns": 105 * SECOND, "boot_id": "boot"}
+    assert [ledger.sweep(barely_set, **then).more for _ in range(4)] == [True, True, False, False]
+    assert {one.record.recorded_ns for one in ledger.pending("cn", limit=10)} == {IS_SET_NS + 1}
+    ledger.close()
+    assert verify(path).intact
+    assert [row["id"] for row in export(path) if row["what"] == "dated"] == [f"id-{n}" for n in range(5)]
 
 
 def test_lanes_without_records_are_forgotten_when_many_have_gathered(path):

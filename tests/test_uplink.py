@@ -4,7 +4,7 @@ import time
 from collections import Counter
 
 import pytest
-from endpoints import bench, number_of
+from endpoints import HOUR_NS, bench, number_of, numbers_of
 from fake_broker import fake_broker, silent
 from hypothesis import given
 from hypothesis import strategies as st
@@ -461,6 +461,30 @@ async def test_record_past_its_time_to_live_never_goes_out(endpoint, patience):
         assert numbers(endpoint) == [3, 5]
         assert (await it.committer.sweep(time.time_ns())).expired == 3
         assert it.counts.pending == 0
+
+
+@pytest.mark.parametrize(("batch_records", "ready"), [(1, {2}), (4, {2, 3})])
+async def test_record_whose_time_is_up_before_its_turn_comes_is_left_to_the_sweep(
+    endpoint, patience, monkeypatch, batch_records, ready
+):
+    endpoint.connack_properties = {"receive_maximum": 1}
+    endpoint.on_publish = silent
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, batch_records=batch_records) as it:
+        await it.store([1])
+        it.start()
+        await endpoint.until(lambda: endpoint.published)
+        await it.store([2], ttl_ns=HOUR_NS)
+        await it.store([3], ttl_ns=3 * HOUR_NS)
+        await it.until(lambda: {f"id-{number}" for number in ready} <= it.board.claimed)
+        true = time.time_ns
+        monkeypatch.setattr(time, "time_ns", lambda: true() + 2 * HOUR_NS)
+        endpoint.on_publish = lambda session, publish: session.puback(publish.mid)
+        endpoint.session.puback(endpoint.published[0].mid)
+        await it.until(lambda: it.counts.delivered == 2)
+        assert [number for publish in endpoint.published for number in numbers_of(publish)] == [1, 3]
+        await it.until(lambda: not it.board.claimed)
+        assert (await it.committer.sweep(time.time_ns())).expired == 1
+        assert (it.counts.pending, it.counts.late, it.counts.conserved) == (0, 0, True)
 
 
 async def test_old_protocol_gets_the_envelope_without_properties(endpoint, patience):

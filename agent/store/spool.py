@@ -19,10 +19,8 @@ from agent.store.blobs import Blobs
 from agent.store.books import Books
 from agent.store.entries import Spooled
 from agent.store.lanes import Lane
+from agent.store.lifetime import OVERDUE, arguments
 from agent.store.storage import NonsenseError
-
-# A record of this boot must also have reached its age on the clock that does not jump.
-OVERDUE = "expires_ns <= ? AND NOT (boot = ? AND monotonic_ns + expires_ns - recorded_ns > ?)"
 
 _IN_LANE = f"""SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
@@ -37,7 +35,6 @@ _TYPES = (int, str, int, int, str, int, int, int, str, str, int, int, int, str, 
 _BASES = frozenset(Basis)
 _PRIORITIES = frozenset(Priority)
 _NO_LIMIT = (1 << 63) - 1
-_NEVER = -(1 << 63)  # a time at which nothing has expired
 
 Rows = Iterator[tuple[Any, ...]]
 
@@ -52,11 +49,6 @@ def oldest(connection: sqlite3.Connection) -> dict[State, int]:
     """When (Unix nanoseconds) the oldest pending and the oldest held record were made; no key where there is none."""
     rows = connection.execute(_OLDEST).fetchall()
     return {State.HELD if held else State.PENDING: first for held, first in rows if isinstance(first, int)}
-
-
-def overdue_at(now: Moment | None) -> tuple[int, str, int]:
-    """The arguments of `OVERDUE`; None: nothing is overdue."""
-    return (now.time_ns, now.boot_id, now.monotonic_ns) if now is not None else (_NEVER, "", 0)
 
 
 def serves(route: str, endpoint: str, down: Collection[str]) -> bool:
@@ -101,7 +93,7 @@ class Spool:
     ) -> Rows:
         """By priority and key, as the index has them: one statement, and no row is read before it is wanted."""
         levels = ", ".join(str(int(priority)) for priority in priorities)
-        return self._connection.execute(_IN_LANE.format(levels), (lane, after, last, *overdue_at(now)))
+        return self._connection.execute(_IN_LANE.format(levels), (lane, after, last, *arguments(now)))
 
     def held(self, after: int) -> Rows:
         """Rows of records without a route, by arrival."""

@@ -42,6 +42,7 @@ TOO_LARGE = "ledger.too-large"
 
 _SELECT = """SELECT key, id, lane, priority, class, size, file, time_ns, monotonic_ns, doubt_ns, boot
     FROM record WHERE id = ?"""
+_DATE = "UPDATE record SET expires_ns = expires_ns - recorded_ns + ?, recorded_ns = ? WHERE key = ?"
 _COUNTER = """INSERT INTO counter VALUES {}
     ON CONFLICT DO UPDATE SET number = number + excluded.number, bytes = bytes + excluded.bytes"""
 
@@ -242,6 +243,12 @@ class Transaction:
         self._execute("DELETE FROM record WHERE key = ?", (row.key,))
         self._left(row, state, {"reason": reason}, time_ns)
         return row.size
+
+    def date(self, gone: Gone, made_ns: int, time_ns: int) -> None:
+        """Say when a record was made, given its `GONE` columns; its time to live is as long as before."""
+        row = self._row(gone)
+        self._execute(_DATE, (made_ns, made_ns, row.key))
+        self._audit("dated", time_ns, id=row.id, value=str(made_ns))
 
     def drop_audit(self, base: audit.Head, freed: int, time_ns: int) -> None:
         """Drop the audit rows up to `base`, which take `freed` bytes, and say so in the chain."""

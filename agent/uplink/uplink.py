@@ -3,6 +3,7 @@
 Invariants:
 - A record is published only through an `Outlet`, which takes nothing but what `Policy.clear` made the moment before.
 - A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again.
+- A record whose time is up is not sent: the ledger gives none, and each is looked at again when its turn comes.
 - At most the endpoint's window is in flight, in PUBLISHes and in bytes; no record is in flight at two endpoints. What
   is said of the vehicle's presence counts: an endpoint may hang up on one PUBLISH above its Receive Maximum.
 - Urgent records go first; then live ones, with a share for the backlog, so that both always move (`shares`).
@@ -25,8 +26,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from agent import boot
 from agent.alarm import rung
 from agent.board import Board
+from agent.clock import Moment
 from agent.errors import AgentError, EndpointError, EnvelopeError, LedgerError, LedgerStalledError
 from agent.histogram import WAIT_SECONDS, Histogram
 from agent.messages import Record
@@ -36,6 +39,7 @@ from agent.mqtt.packets import Puback
 from agent.policy import Cleared, Policy
 from agent.store.committer import Committer
 from agent.store.entries import Entry
+from agent.store.lifetime import overdue
 from agent.uplink.egress import dial
 from agent.uplink.flights import Flight, Flights
 from agent.uplink.loading import Loading
@@ -48,7 +52,6 @@ from agent.uplink.settling import RETRY_LATER, Settling, answer
 from agent.uplink.shares import Shares
 from agent.uplink.supply import Supply, waits
 from agent.uplink.tls import Shown
-from agent.wire import batch
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +216,7 @@ class Uplink:
         loading = self._loading
         ready = loading.ready
         supply = Supply(options.name, self._committer, self._board, self._patience, shares=shares, ready=ready)
-        outlet = loading.outlet = self._outlet(connection)
+        outlet = loading.outlet = Outlet(connection, options)
         connection.on_drained(self._wake.set)
         connection.closed.add_done_callback(lambda _: self._wake.set())
         try:
@@ -255,34 +258,26 @@ class Uplink:
             return False
         return not self._flights or (connection.unsent < UNSENT_BYTES and self._flights.bytes < IN_FLIGHT_BYTES)
 
-    def _outlet(self, connection: Connection) -> Outlet:
-        options = self.options
-        return Outlet(
-            connection,
-            endpoint=options.name,
-            vehicle=options.vehicle,
-            topic=options.topic,
-            wire=options.wire,
-            compress=batch.compressor() if options.batch_compression == "zstd" else None,
-        )
-
     async def _send(self, connection: Connection, outlet: Outlet, records: Sequence[Record]) -> None:
-        policy, cleared, recalled = self._policy(), [], []
+        policy, now, cleared, recalled = self._policy(), boot.moment(), [], []
         for record in records:
+            if overdue(record, now):
+                self._board.claimed.discard(record.id)  # a sweep ends it
+                continue
             one = policy.clear(record, self.options.name, self._registration)
             if one is None:
                 recalled.append(record)
             else:
                 cleared.append(one)
         if cleared:
-            await self._publish(connection, outlet, cleared)
+            await self._publish(connection, outlet, cleared, now)
         for record in recalled:
             await self._recall.decide_again(record)
 
-    async def _publish(self, connection: Connection, outlet: Outlet, cleared: Sequence[Cleared]) -> None:
-        records, now_ns = tuple(one.record for one in cleared), time.time_ns()
+    async def _publish(self, connection: Connection, outlet: Outlet, cleared: Sequence[Cleared], now: Moment) -> None:
+        records = tuple(one.record for one in cleared)
         try:
-            future = outlet.publish_batch(cleared, now_ns) if len(cleared) > 1 else outlet.publish(cleared[0], now_ns)
+            future = outlet.publish_batch(cleared, now) if len(cleared) > 1 else outlet.publish(cleared[0], now)
         except EnvelopeError:
             if len(records) > 1:
                 self._loading.part(records)
