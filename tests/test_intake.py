@@ -7,14 +7,16 @@ import pytest
 from endpoints import record
 from fake_broker import PUBLISH, fake_broker, packet, text
 from ledger_samples import in_memory
+from msgspec import structs
 
 from agent.board import Board
 from agent.boot import boot_ns
 from agent.errors import LedgerCorruptError
 from agent.intake import intake
-from agent.intake.intake import Fixes, Intake, IntakeOptions, Inward
+from agent.intake.intake import NEVER_NS, Fixes, Intake, IntakeOptions, Inward
 from agent.intake.turns import Turns
 from agent.intake.waiting import FOREVER_NS
+from agent.messages import State
 from agent.mqtt import backoff
 from agent.mqtt.packets import Session
 from agent.places.positions import PositionHistory
@@ -43,7 +45,10 @@ class Line:
             await self.gates[message.payload].wait()
         if message.payload == b"refuse":
             return Refused(reason="test", time_ns=1, intake=key)
-        return Store(record=record(len(self.seen)), intake=key)
+        stored = record(len(self.seen))
+        if message.payload == b"held":
+            stored = structs.replace(stored, state=State.HELD, route=())
+        return Store(record=stored, intake=key)
 
     @property
     def payloads(self):
@@ -152,6 +157,19 @@ async def test_window_is_announced_and_a_refusal_is_acknowledged_too(broker, pat
         session.deliver(TOPIC, b"refuse", mid=1)
         await broker.until(lambda: own_acks(broker) == [1])
         assert committer.ledger.counts().refused == 1
+
+
+async def test_record_that_is_held_is_looked_at_again_once_it_is_durable(broker, patience):
+    async with asyncio.timeout(patience), taking(broker.port) as (made, _, committer):
+        session, fixes = await subscribed(broker), made._inward.fixes
+        fixes.taken()  # a pass, and what it found, before the record was there
+        session.deliver(TOPIC, b"80", mid=1)
+        await broker.until(lambda: own_acks(broker) == [1])
+        assert (fixes.arrived.is_set(), fixes.taken()) == (False, NEVER_NS)
+        session.deliver(TOPIC, b"held", mid=2)
+        await fixes.arrived.wait()
+        assert committer.ledger.counts().held == 1
+        assert fixes.taken() == record(2).capture.monotonic_ns
 
 
 async def test_message_beyond_the_window_waits_in_the_socket_and_is_not_lost(broker, patience):

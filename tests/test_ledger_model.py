@@ -195,7 +195,9 @@ class LedgerMachine(RuleBasedStateMachine):
         for endpoint, down in (("a", ()), ("b", ()), ("b", ("a",)), ("a", ("a", "b"))):
             found = [item.record for item in self.ledger.pending(endpoint, limit=100, down=down)]
             assert found == self.model.served(endpoint, down)
-        assert [item.record for item in self.ledger.held(limit=100)] == [
+        assert [item.record for item in self.ledger.spooled(limit=100)] == list(self.model.spool.values())
+        held = self.ledger.held(boot_id="boot", since_ns=0, limit=100)
+        assert [item.record for item in self.ledger.keyed([item.key for item in held])] == [
             item for item in self.model.spool.values() if not item.route
         ]
         counts = self.ledger.counts()

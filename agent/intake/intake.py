@@ -45,6 +45,7 @@ MARKER_SECONDS = 0.25  # between two markers while messages come
 IDLE_SECONDS = 10.0  # between two markers while none come
 MARKER_PATIENCE_SECONDS = 30.0  # a marker that is not back by then is sent again, and the broker's access list doubted
 OLD_FIX_NS = 60 * 10**9  # a fix that may have waited longer would only blur the track that the next ones draw
+EVER_NS, NEVER_NS = -(1 << 63), (1 << 63) - 1  # before, and after, every capture: SQLite's least and largest number
 STABLE_SECONDS = 30.0  # a session that lived so long starts again with the shortest delay
 
 
@@ -66,13 +67,17 @@ class IntakeOptions:
 
 
 class Fixes:
-    """Feeds position messages into the fix history; counts those that are none, and those that say nothing."""
+    """Feeds position messages into the fix history; counts those that are none, and those that say nothing.
+
+    `arrived` is set while held records have to be looked at again (`look_again`, `taken`).
+    """
 
     def __init__(self, readers: Sequence[tuple[str, FixReader]], history: PositionHistory) -> None:
         self.malformed = 0
         self.accepted = 0
         self.stale = 0
         self.arrived = asyncio.Event()
+        self._since_ns = EVER_NS  # what an earlier process held has not been looked at
         self._readers = readers
         self._history = history
 
@@ -92,8 +97,20 @@ class Fixes:
             if fix.doubt_ns > OLD_FIX_NS:
                 self.stale += 1
                 continue
-            self._history.add(fix)
-            self.arrived.set()
+            since_ns = self._history.add(fix)
+            if since_ns is not None:
+                self.look_again(since_ns)
+
+    def look_again(self, since_ns: int = EVER_NS) -> None:
+        """Have the held records looked at again whose capture is not before this moment (monotonic ns)."""
+        self._since_ns = min(self._since_ns, since_ns)
+        self.arrived.set()
+
+    def taken(self) -> int:
+        """Since when (monotonic ns) captures have to be looked at again: by the caller, from now on."""
+        self.arrived.clear()
+        since_ns, self._since_ns = self._since_ns, NEVER_NS
+        return since_ns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +278,8 @@ class Intake:
         if isinstance(entry, Store):
             self._inward.board.wake(entry.record.route)
             if entry.record.state is State.HELD:
-                self._inward.fixes.arrived.set()  # a fix may have come between the decision and the commit
+                # a fix that came between the decision and the commit has not been looked at with it
+                self._inward.fixes.look_again(entry.record.capture.monotonic_ns)
 
     async def _committed(self, message: Message, key: IntakeKey | None, *, malformed: bool) -> Store | Refused:
         """What has become of the message, durable."""
