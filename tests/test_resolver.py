@@ -396,6 +396,38 @@ async def test_record_lives_no_longer_than_the_new_policy_lets_it():
         assert it.find(1).expires_ns == SECOND + 60 * SECOND
 
 
+async def test_held_record_that_is_being_released_is_counted_without_a_number_of_its_stream():
+    async with bench(replace(LAW, permit=LAW.permit | {("two", "x"): ["c"]})) as it:
+        for number in (1, 2):
+            await it.take(number, {"AA", "BB"})
+        it.world.known |= {1: {"AA"}, 2: {"AA"}}
+        it.board.claimed.add("1")  # as by a pass that waits for its commit
+        assert await it.resolver.review() == (1, 1)
+        it.board.claimed.clear()
+        assert await it.resolver.review() == (1, 0)
+        assert [it.find(number).sequence for number in (2, 1)] == [1, 2]
+
+
+async def test_record_that_is_released_while_a_review_waits_for_a_reload_is_not_released_again():
+    async with bench(replace(LAW, permit=LAW.permit | {("two", "x"): ["c"]})) as it:
+        await it.take(1, {"AA", "BB"})
+        it.world.known[1] = {"AA"}
+
+        async def reload():
+            async with it.line.turns.alone():
+                pass
+
+        async with asyncio.TaskGroup() as group, it.line.turns.deciding():
+            group.create_task(reload())
+            await asyncio.sleep(0)  # nobody begins to decide from now on
+            review = group.create_task(it.resolver.review())
+            await it.committer.call(lambda _: None)  # what the review would read by now, it has read
+            rows = await it.committer.call(lambda ledger: ledger.spooled(limit=1))
+            await it.resolver._change(rows, it.resolver._narrowed)  # a pass that began before
+        assert review.result() == (0, 0)
+        assert it.find(1).sequence == 1
+
+
 async def test_record_that_an_uplink_has_claimed_is_left_to_it():
     async with bench(LAW) as it:
         await it.take(1, {"AA"})

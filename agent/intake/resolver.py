@@ -75,7 +75,7 @@ class Resolver:
     async def review(self) -> tuple[int, int]:
         """Decide again about every record that is in the car now. Safe to cancel and repeat.
 
-        How many changed, and how many would have to but are claimed.
+        How many changed, and how many would have to, or are about to, but are claimed.
         """
         return await self._all(self.again, self._inward.line.turns.deciding)
 
@@ -99,12 +99,14 @@ class Resolver:
         """Page by page, up to the record that is the last one now: what comes later is decided as it comes."""
         after, last, changed, left = 0, self._inward.committer.ledger.last_key, 0, 0
         while after < last:
-            rows = await self._inward.committer.call(lambda ledger: ledger.spooled(limit=PAGE, after=after))  # noqa: B023 - as above
-            after = rows[-1].key if rows else last
             async with turn():
+                rows = await self._inward.committer.call(lambda ledger: ledger.spooled(limit=PAGE, after=after))  # noqa: B023 - as above
                 free = [row for row in rows if row.record.id not in self._inward.board.claimed]
-                left += sum(decide(row.record) is not None for row in rows if row not in free)
+                claimed = (row.record for row in rows if row not in free)
+                # a held one is being decided about elsewhere, and to release it here would use a sequence number up
+                left += sum(record.state is State.HELD or decide(record) is not None for record in claimed)
                 changed += await self._change(free, decide)
+            after = rows[-1].key if rows else last
         return changed, left
 
     async def _change(self, rows: Sequence[Spooled], decide: Callable[[Record], Entry | None]) -> int:
