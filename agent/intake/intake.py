@@ -26,6 +26,7 @@ from agent.boot import boot_ns
 from agent.errors import AgentError, LedgerEntryError, LedgerError, PositionError
 from agent.histogram import WORK_SECONDS, Histogram
 from agent.intake.line import Line
+from agent.intake.subscriptions import Subscriptions
 from agent.intake.waiting import FOREVER_NS, Waiting
 from agent.messages import Message, State
 from agent.mqtt.backoff import delays
@@ -127,7 +128,8 @@ class Intake:
     """One session with the in-car broker, for as long as the agent runs.
 
     `durable`: from the arrival of a message until its record, or its refusal, was durable. `turned`: when
-    (monotonic seconds) its loop last came round, which takes some seconds while the broker is slow.
+    (monotonic seconds) its loop last came round, which takes some seconds while the broker is slow. `unasked` counts
+    messages that no filter asks for, which are acknowledged and dropped: an old subscription's, or a mistaken broker's.
     """
 
     def __init__(self, options: IntakeOptions, inward: Inward, last_alive_ns: int | None) -> None:
@@ -135,6 +137,9 @@ class Intake:
         self.connected = False
         self.durable = Histogram(WORK_SECONDS)
         self.turned = time.monotonic()
+        self.unasked = 0
+        self._unasked_before = 0  # when this connection began
+        self._subscriptions = Subscriptions(options.name, inward.committer)
         self._waiting = Waiting(last_alive_ns)
         self._options = options
         self._inward = inward
@@ -182,16 +187,17 @@ class Intake:
             await self._inward.committer.submit(SessionReset(session=self._options.name))
         self._waiting.begin(boot_ns(), resumed=session_present)
         log.info("intake.resumed" if session_present else "intake.begun", extra={"session": self._options.name})
-        await self._take(connection)
+        self._unasked_before = self.unasked
+        await self._take(connection, resumed=session_present)
 
-    async def _take(self, connection: Connection) -> None:
+    async def _take(self, connection: Connection, *, resumed: bool) -> None:
         """Receive and acknowledge until the connection is lost; what was started is finished first."""
         unacked: _Unacked = asyncio.Queue(self._options.session.receive_maximum)
         name = self._options.name
         tasks = [
             asyncio.create_task(self._ack_loop(connection, unacked), name=f"ack-{name}"),
             asyncio.create_task(self._receive_loop(connection, unacked), name=f"take-{name}"),
-            asyncio.create_task(self._marker_loop(connection), name=f"marker-{name}"),
+            asyncio.create_task(self._marker_loop(connection, resumed=resumed), name=f"marker-{name}"),
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -222,12 +228,13 @@ class Intake:
         self._news.set()
         return self._handle(delivery, FOREVER_NS if delivery.retain else wait_ns)
 
-    async def _marker_loop(self, connection: Connection) -> None:
+    async def _marker_loop(self, connection: Connection, *, resumed: bool) -> None:
         """Subscribe; then send a marker whenever the broker may have held something back, and from time to time.
 
         What a resumed session kept for us comes before the SUBACK, so it is taken meanwhile.
         """
-        await connection.subscribe([*self._options.subscribed, self._marker_topic])
+        wanted = [*self._options.subscribed, self._marker_topic]
+        await self._subscriptions.renew(connection, wanted, resumed=resumed)
         self.connected = True
         log.info("intake.connected", extra={"session": self._options.name})
         while True:
@@ -267,7 +274,9 @@ class Intake:
         message = _message(delivery, wait_ns)
         if not delivery.malformed:
             self._inward.fixes.offer(message)
-        if not any(topics.matches(topic_filter, message.topic) for topic_filter in self._options.outgoing):
+        if not _any_matches(self._options.outgoing, message.topic):
+            if not _any_matches(self._options.fixes, message.topic):
+                self._drop_unasked()
             return
         key = self._key(delivery)
         if delivery.dup and key is not None and self._inward.committer.ledger.recorded(key):
@@ -280,6 +289,12 @@ class Intake:
             if entry.record.state is State.HELD:
                 # a fix that came between the decision and the commit has not been looked at with it
                 self._inward.fixes.look_again(entry.record.capture.monotonic_ns)
+
+    def _drop_unasked(self) -> None:
+        """Count it, and tell of it once a connection."""
+        if self.unasked == self._unasked_before:
+            log.warning("intake.unasked", extra={"session": self._options.name})
+        self.unasked += 1
 
     async def _committed(self, message: Message, key: IntakeKey | None, *, malformed: bool) -> Store | Refused:
         """What has become of the message, durable."""
@@ -301,6 +316,10 @@ class Intake:
         digest = hashlib.blake2b(delivery.payload, digest_size=16, person=b"intake")
         digest.update(delivery.topic.encode())
         return IntakeKey(session=self._options.name, mid=delivery.mid, digest=digest.digest(), redelivered=delivery.dup)
+
+
+def _any_matches(filters: Sequence[str], topic: str) -> bool:
+    return any(topics.matches(topic_filter, topic) for topic_filter in filters)
 
 
 def _message(delivery: Delivery, wait_ns: int) -> Message:
