@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from agent.clock import IS_SET_NS, Moment
 from agent.errors import LedgerError
+from agent.intake.intake import EVER_NS, NEVER_NS
 from agent.messages import Capture, Priority, Redaction, State
 from agent.store import books
 from agent.store.audit_cli import export, verify
@@ -189,13 +190,37 @@ def test_record_whose_state_contradicts_its_route_is_not_stored(ledger):
     assert ledger.counts().received == 0
 
 
+def test_held_records_of_another_boot_or_captured_before_a_moment_are_left_out(ledger):
+    moments = (("boot", 50), ("boot", -9), ("another", 50), ("boot", 49))  # a capture may lie before the boot
+    for number, (boot, moment_ns) in enumerate(moments, 1):
+        capture = replace(record(number).capture, monotonic_ns=moment_ns, boot_id=boot)
+        ledger.commit([Store(record=replace(record(number, route=()), capture=capture))])
+    found = {
+        since_ns: [held.capture.monotonic_ns for held in ledger.held(boot_id="boot", since_ns=since_ns, limit=5)]
+        for since_ns in (EVER_NS, 49, 50, NEVER_NS)
+    }
+    assert found == {EVER_NS: [50, -9, 49], 49: [50, 49], 50: [50], NEVER_NS: []}
+
+
+def test_keyed_records_are_read_up_to_a_number_of_bytes_but_one_at_least(ledger):
+    ledger.commit([Store(record=record(number, size=100)) for number in (1, 2, 3)])
+    keys = [row.key for row in ledger.spooled(limit=5)]
+    assert numbers(ledger.keyed(keys, max_bytes=200)) == [1, 2]
+    assert numbers(ledger.keyed(keys[1:], max_bytes=1)) == [2]
+    ledger.commit([delivered(1)])
+    assert numbers(ledger.keyed(keys)) == [2, 3]
+
+
 def test_held_record_becomes_pending_with_narrowed_regions_and_a_new_envelope(ledger):
     held = record(1, route=(), regions=("cn", "hk"))
     ledger.commit([Store(record=held)])
-    assert numbers(ledger.held(limit=5)) == [1]
+    (found,) = ledger.held(boot_id=held.capture.boot_id, since_ns=0, limit=5)
+    assert (found.regions, found.basis, found.capture) == (held.regions, held.basis, held.capture)
+    assert (found.topic, found.data_class) == (held.topic, held.data_class)
+    assert [row.record for row in ledger.keyed([found.key])] == [held]
     released = replace(held, state=State.PENDING, route=("hk",), regions=("hk",), envelope=b"new", sequence=9)
     ledger.commit([Released(record=released, time_ns=NOW)])
-    assert ledger.held(limit=5) == []
+    assert ledger.held(boot_id=held.capture.boot_id, since_ns=0, limit=5) == []
     assert [item.record for item in ledger.pending("hk", limit=5)] == [released]
     assert ledger.counts().breakdown["pending"]["region"] == {"hk": 1}
     assert ledger.counts().conserved
@@ -499,6 +524,17 @@ def test_files_left_by_a_crash_are_removed(path):
     assert not stray.exists()
     assert ledger.find("id-1") == record(1, size=500)
     ledger.close()
+
+
+@pytest.mark.parametrize(("column", "noticed"), [("basis", 1), ("doubt_ns", 1), ("envelope", 2), ("crc", 2)])
+def test_damaged_held_record_ends_as_soon_as_what_is_damaged_is_read(ledger, column, noticed):
+    ledger.commit([store(1, route=()), store(2, route=())])
+    ledger._connection.execute(f"UPDATE record SET {column} = 'nonsense' WHERE id = 'id-1'")  # noqa: S608 - a constant
+    keys = [row.key for row in ledger.held(boot_id="boot", since_ns=EVER_NS, limit=5)]
+    assert len(keys) == noticed
+    assert numbers(ledger.keyed(keys)) == [2]
+    assert ledger.counts().breakdown["evicted"]["reason"] == {"ledger.damaged": 1}
+    assert (ledger.counts().held, ledger.counts().conserved) == (1, True)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "changed"])

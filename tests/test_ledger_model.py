@@ -232,8 +232,10 @@ class LedgerMachine(RuleBasedStateMachine):
         for endpoint, down in (("a", ()), ("b", ()), ("b", ("a",)), ("a", ("a", "b"))):
             found = [item.record for item in self.ledger.pending(endpoint, limit=100, down=down, now=self.now)]
             assert found == self.model.served(endpoint, down, self.now)
-        assert [item.record for item in self.ledger.held(limit=100)] == [
-            item for item in self.model.spool.values() if not item.route
+        assert [item.record for item in self.ledger.spooled(limit=100)] == list(self.model.spool.values())
+        held = self.ledger.held(boot_id="boot", since_ns=0, limit=100)
+        assert [item.record for item in self.ledger.keyed([item.key for item in held])] == [
+            item for item in self.model.spool.values() if not item.route and item.capture.boot_id == "boot"
         ]
         counts = self.ledger.counts()
         assert (counts.received, counts.conserved) == (self.model.received, True)

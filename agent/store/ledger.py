@@ -21,11 +21,13 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from agent.clock import Moment
 from agent.errors import LedgerStalledError
-from agent.messages import Priority, Record, State
+from agent.messages import Held, Priority, Record, State
 from agent.store import retention, tally, upkeep
 from agent.store.aside import Opened, begin_salvage, connect, end_salvage
 from agent.store.blobs import Blobs
@@ -47,6 +49,8 @@ from agent.store.salvage import salvage
 from agent.store.spool import Spool, oldest, serves
 from agent.store.storage import beside, lock, read_only, translated
 from agent.store.transaction import Transaction
+
+Taken = TypeVar("Taken", Held, Spooled)
 
 SWEEP_RECORDS = 1000  # records that one sweep ends or dates at most, so that it holds the thread for some 50 ms
 READ_BYTES = 8 * MIB
@@ -205,10 +209,18 @@ class Ledger:
         """Whether the last read of records ended at one of its bounds, so that there may be more."""
         return self._spool.cut
 
-    def held(self, *, limit: int, after: int = 0, max_bytes: int = READ_BYTES) -> list[Spooled]:
-        """Held records by arrival, keys above `after`."""
+    def held(self, *, boot_id: str, since_ns: int, limit: int, after: int = 0) -> list[Held]:
+        """What is held, by arrival, keys above `after`; no envelope is read.
+
+        Only what was captured in the boot `boot_id`, and not before `since_ns` (CLOCK_BOOTTIME).
+        """
         with translated(self._path):
-            return self._checked(self._spool.take(self._spool.held(after), limit, max_bytes))
+            return self._checked(list(islice(self._spool.held(boot_id, since_ns, after), limit)))
+
+    def keyed(self, keys: Collection[int], *, max_bytes: int = READ_BYTES) -> list[Spooled]:
+        """The records with these keys that are pending or held, by arrival; one at least, others up to `max_bytes`."""
+        with translated(self._path):
+            return self._checked(self._spool.take(self._spool.keyed(keys), len(keys), max_bytes))
 
     def spooled(self, *, limit: int, after: int = 0, max_bytes: int = READ_BYTES) -> list[Spooled]:
         """Pending and held records by arrival, keys above `after`."""
@@ -221,7 +233,7 @@ class Ledger:
             found = self._checked(self._spool.take(self._spool.named(name), 1, READ_BYTES))
         return found[0].record if found else None
 
-    def _checked(self, taken: list[Spooled]) -> list[Spooled]:
+    def _checked(self, taken: list[Taken]) -> list[Taken]:
         """End the records whose envelopes turned out to be lost, so that nothing waits for them for ever."""
         damaged, self._spool.damaged = self._spool.damaged, []
         if damaged:
