@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -31,6 +32,8 @@ LAST_PORT = 65_535
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+EXIT_UNREAD = 141  # 128 + SIGPIPE
 
 RUN_FAILED = "it could not start, or a mistake of its own ended it; systemd starts it again"
 EXPLAIN = (
@@ -52,13 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     arguments = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        print(end="", flush=True)  # here, and not at Python's end, is told what nobody takes
     except InvalidConfigError as exc:
         print(exc, file=sys.stderr)
         return EXIT_CONFIG
     except AgentError as exc:
         print(f"residency-agent: {exc}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except OSError as exc:  # of the output: those of files are AgentErrors by now
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
+        if isinstance(exc, BrokenPipeError):  # the reader has seen enough
+            return EXIT_UNREAD
+        print(f"residency-agent: {exc.filename or 'the output'}: {exc.strerror}", file=sys.stderr)
+        return EXIT_FAILED
+    return status
 
 
 def _joined(words: Sequence[str]) -> list[str]:
