@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ipaddress
 import json
 import logging
 import math
@@ -216,11 +217,20 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _broker(text: str) -> first_day.Broker:
     host, _, port = text.rpartition(":") if re.search(r"[^:]:\d+$|\]:\d+$", text) else (text, "", "")
-    if not host:
+    host = host.removeprefix("[").removesuffix("]")
+    if not _is_host(host):
         raise argparse.ArgumentTypeError(f"{text!r}: a host, as in mqtt.example.com or 127.0.0.1:1883")
     if port and not 1 <= int(port) <= LAST_PORT:
         raise argparse.ArgumentTypeError(f"{text!r}: a port from 1 to {LAST_PORT}")
-    return first_day.Broker(host=host.strip("[]"), port=int(port) if port else None)
+    return first_day.Broker(host=host, port=int(port) if port else None)
+
+
+def _is_host(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return re.fullmatch(r"[\w.-]+", text) is not None
+    return True
 
 
 def _endpoint(text: str) -> tuple[str, first_day.Broker]:
