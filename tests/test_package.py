@@ -16,6 +16,7 @@ from oelint_parser.cls_item import Item
 from oelint_parser.cls_stash import Stash
 
 from agent import __version__
+from tools import package
 from tools.__main__ import main
 from tools.packaging import lock, sbom, targets
 from tools.packaging.lock import Locked, Wheel
@@ -187,6 +188,14 @@ def test_sbom_command_writes_the_same_bytes_twice(tmp_path, capsys):
     licences = (tmp_path / "a/licences.md").read_text()
     assert all(f"| {item.name} | {item.version} | {item.licence} |" in licences for item in LOCKED)
     assert "sbom.cdx.json" in capsys.readouterr().out
+
+
+def test_what_is_built_from_a_checkout_says_so_where_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(package, "ROOT", tmp_path)
+    monkeypatch.setattr(package, "LOCK", tmp_path / "systemd" / "requirements.lock")
+    for what in ("lock", "dist", "sbom", "deb"):
+        assert main(["package", what]) == 1
+        assert f"{tmp_path} is no checkout and no unpacked sdist" in capsys.readouterr().err
 
 
 def recipe(path):
