@@ -291,7 +291,11 @@ def _time(text: str) -> int:
 
 
 def _egress_rules(arguments: argparse.Namespace) -> int:
-    print(commands.egress_rules(assembly.load(arguments.config)))
+    rules = commands.egress_rules(assembly.load(arguments.config))
+    print(rules)
+    for line in rules.splitlines():  # the rules go to a file, where nobody may see it
+        if line.startswith(commands.UNREACHED):
+            print(f"warning: {line.removeprefix('# ')}", file=sys.stderr)
     return 0
 
 
