@@ -9,6 +9,7 @@ import stat
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -147,6 +148,23 @@ def test_disk_that_cannot_be_written_is_a_finding(setup, monkeypatch):
     found = machine.disk(setup)
     assert "Read-only" in found.detail
     assert "can be written" in found.advice
+
+
+def test_file_that_a_running_agent_has_done_with_meanwhile_is_no_finding(setup, monkeypatch):
+    picture = Path(setup.config.paths.state) / "picture"
+    picture.parent.mkdir()
+    picture.write_bytes(b"x")
+    real = Path.stat
+
+    def delivered(path, **options):
+        known = real(path, **options)
+        if path == picture:
+            picture.unlink()
+        return known
+
+    monkeypatch.setattr(Path, "stat", delivered)
+    assert machine.disk(setup).advice == ""
+    assert not picture.exists()
 
 
 def test_disk_without_the_promised_room_is_a_finding(setup):
