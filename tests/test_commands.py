@@ -20,6 +20,7 @@ from agent.store.entries import LedgerLimits
 from agent.store.ledger import Ledger
 
 ROOT = Path(__file__).parent.parent
+NOBODY = 65_534
 AGENT = """
 [vehicle]
 source = "urn:example:1"
@@ -254,6 +255,17 @@ def test_state_folder_that_cannot_be_made_is_named(files, capsys):
     assert f"paths.state: {files / 'policy.toml'}: File exists" in capsys.readouterr().err
 
 
+def test_root_stores_nothing_that_the_owner_of_the_state_folder_could_not_read(files, capsys, monkeypatch):
+    state = files / "state"
+    state.mkdir()
+    if os.geteuid() == 0:
+        os.chown(state, NOBODY, NOBODY)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert command_line.main(["run", str(files / "agent.toml")]) == 1
+    assert f"paths.state: {state} is of user {state.stat().st_uid}" in capsys.readouterr().err
+    assert list(state.iterdir()) == []
+
+
 def test_egress_rules_allow_the_networks_of_the_policy_and_nothing_else(files):
     lines = commands.egress_rules(assembly.load(files / "agent.toml")).splitlines()
     allowed = {line.removeprefix("IPAddressAllow=") for line in lines if line.startswith("IPAddressAllow=")}
@@ -344,7 +356,7 @@ def test_asyncapi_and_reference_are_printed(capsys):
     assert "| `rules[].class` |" in capsys.readouterr().out
 
 
-UNREAD, INTERRUPTED = 141, 130
+UNREAD, INTERRUPTED = 141, 130  # as a shell says it
 
 
 def called(words, **streams):
