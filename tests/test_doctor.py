@@ -238,7 +238,7 @@ def test_secrets_of_endpoints_are_looked_at_as_well(setup, tmp_path):
 def test_credential_that_only_systemd_gives_says_so(setup):
     given = configured(setup, signing={"key_file": "/run/credentials/residency-agent.service/signing-key"})
     (found,) = machine.permissions(given)
-    assert "LoadCredential=" in found.advice
+    assert "put it into /etc/residency-agent/keys, start the unit" in found.advice
 
 
 def test_credential_that_systemd_gives_by_an_acl_is_fine(setup, tmp_path, monkeypatch):

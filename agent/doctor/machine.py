@@ -106,7 +106,7 @@ def _secret(key: str, path: Path) -> Iterator[Finding]:
     except OSError as exc:
         advice = f"{key} must name a file that the agent's user can read"
         if str(path).startswith(CREDENTIALS):
-            advice = "systemd gives it to the unit alone: name it in LoadCredential=, and let systemd run doctor too"
+            advice = "the running unit alone has it: put it into /etc/residency-agent/keys, start the unit, ask as root"
         yield Finding(name="permissions", detail=f"{key}: {exc}", advice=advice)
         return
     # systemd lets the unit's user in by an ACL, which shows as the group's permission; the folder is closed to others
