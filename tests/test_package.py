@@ -220,6 +220,7 @@ def test_yocto_recipe_tells_the_truth():
     digest = hashlib.md5((ROOT / "LICENSE").read_bytes(), usedforsecurity=False).hexdigest()
     assert values["LIC_FILES_CHKSUM"] == f"file://LICENSE;md5={digest}"
     assert values["LICENSE"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
+    assert "S" not in values, "its default is right in every release: below WORKDIR, and below UNPACKDIR from 5.3 on"
     direct = {f"python3-{item.name}" for item in LOCKED if lock.SELF in item.needed_by}
     assert set(re.findall(r"python3-[\w-]+", values["RDEPENDS"])) - {"python3-modules"} == direct
     for name in re.findall(r"\$\{S\}/(\S+)", RECIPE.read_text()):
