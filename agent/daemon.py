@@ -99,8 +99,11 @@ async def run(setup: Setup) -> int:
 def _make_folder(state: Path) -> None:
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = state.stat().st_uid
     except OSError as exc:
         raise AgentError(f"paths.state: {state}: {exc.strerror}") from exc
+    if os.geteuid() == 0 != owner:  # what root stores there, the agent of the owner could not read
+        raise AgentError(f"paths.state: {state} is of user {owner}: let systemd run the agent, or run it as this user")
 
 
 def first(group: BaseExceptionGroup[E]) -> E:

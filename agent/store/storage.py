@@ -175,6 +175,9 @@ def read_only(path: Path) -> Iterator[sqlite3.Connection]:
     LedgerError where the file cannot be read.
     """
     with translated(path, mark=False):
+        if not path.is_file():
+            msg = f"{path}: there is no ledger"
+            raise LedgerError(msg)
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
         with contextlib.closing(connection):
             connection.execute("PRAGMA query_only=ON")
