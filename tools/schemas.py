@@ -25,6 +25,7 @@ PICTURE_MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png"}
 LATITUDE_KEYS = ("lat", "latitude")
 LONGITUDE_KEYS = ("lon", "lng", "longitude")
 ACCURACY_KEYS = ("acc", "accuracy", "accuracy_m")
+LARGEST = 1e9  # degrees or metres; what is larger is no position and no accuracy
 
 
 class Form(Enum):
@@ -64,10 +65,10 @@ def picture_format(payload: bytes) -> str | None:
 
 
 def json_object(payload: bytes) -> dict[str, Any] | None:
-    """Parse a JSON object; None for any other payload."""
+    """Parse a JSON object; None for any other payload, and for one that is nested too deep."""
     try:
         return msgspec.json.decode(payload, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
@@ -124,7 +125,9 @@ def fix_of(topic: str, payload: bytes, capture_ns: int) -> bytes | None:
 
 def _number(members: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
     value = next((members[key] for key in keys if key in members), None)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
+        return None
+    return float(value)
 
 
 def _members(payload: bytes) -> list[tuple[str, Any]]:
