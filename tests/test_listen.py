@@ -178,6 +178,25 @@ async def test_a_killed_listener_loses_nothing_and_stores_nothing_twice(keys, tm
 
 
 @needs_mosquitto
+async def test_a_killed_listener_without_a_name_writes_what_it_took_when_it_is_started_again(keys, tmp_path):
+    async with mosquitto(config_lines=SUBSCRIPTIONS) as broker, asyncio.timeout(SECONDS):
+        command = _command(broker.port, keys, "--out", tmp_path, "--roll-seconds", 600)
+        async with consumer(*command) as process:
+            await subscribed(broker, "+/+/#")
+            await asyncio.to_thread(stream.publish, broker.port, [stream.outgoing(stream.record(1), b"{}")])
+            await until(lambda: _spooled(tmp_path / ".listen.sqlite"))
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+        await _listened([*command, "--idle", "0"])
+    assert [line["id"] for line in _stored(tmp_path)] == [stream.record(1).id]
+
+
+def _spooled(path):
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute("SELECT count(*) FROM spool").fetchone()[0]
+
+
+@needs_mosquitto
 async def test_a_backlog_larger_than_the_queue_does_not_keep_a_listener_from_subscribing(monkeypatch):
     monkeypatch.setattr(receiving, "BATCH", 2)  # also the length of the queue in front of the SUBACK
     records = [stream.record(number) for number in range(40)]

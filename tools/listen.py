@@ -112,7 +112,9 @@ def _folder(options: Options) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
-            message = f"another listener named {options.consumer} writes to {options.output.folder}"
+            message = (
+                f"another listener named {options.consumer} writes to {options.output.folder}: give this one a --name"
+            )
             raise StoreError(message) from exc
         yield options.output.folder / INBOX
 
@@ -120,7 +122,7 @@ def _folder(options: Options) -> Iterator[Path]:
 def _options(arguments: argparse.Namespace) -> Options:
     if arguments.format == "parquet":
         needed("pyarrow.parquet")
-    consumer = arguments.name or f"{socket.gethostname()}-{os.getpid()}"
+    consumer = arguments.name or socket.gethostname()  # the same after a restart, which finishes what was begun
     if not all(letter.isalnum() or letter in "._-" for letter in consumer):
         message = f"--name: {consumer!r} may hold letters, digits, '.', '_' and '-'"
         raise ValueError(message)
@@ -128,7 +130,9 @@ def _options(arguments: argparse.Namespace) -> Options:
     if arguments.group:
         filters = tuple(f"$share/{arguments.group}/{name}" for name in filters)
     return Options(
-        session=_session(address_of(arguments), consumer, keep=arguments.name is not None),
+        session=_session(
+            address_of(arguments), arguments.name or f"{consumer}-{os.getpid()}", keep=bool(arguments.name)
+        ),
         filters=filters,
         expectations=Expectations(keys=_keys(arguments), may_hold=_may_hold(arguments)),
         consumer=consumer,
@@ -146,11 +150,11 @@ def _output(arguments: argparse.Namespace) -> Output | None:
     )
 
 
-def _session(address: Address, consumer: str, *, keep: bool) -> Session:
+def _session(address: Address, client_id: str, *, keep: bool) -> Session:
     return Session(
         host=address.host,
         port=address.port,
-        client_id=consumer,
+        client_id=client_id,
         protocol=address.protocol,
         username=address.username,
         password=address.password,
