@@ -107,12 +107,21 @@ def unwrap(form: Form, data: bytes) -> bytes:
         raise ValueError(message) from exc
 
 
-def fix_of(topic: str, payload: bytes, capture_ns: int) -> bytes | None:
-    """Encode the position in a JSON payload as `foxglove.LocationFix`, or None where it holds no valid one."""
-    members = json_object(payload) or {}
+def position_of(members: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Latitude and longitude of a JSON object in degrees; None where it holds no valid ones."""
     latitude, longitude = _number(members, LATITUDE_KEYS), _number(members, LONGITUDE_KEYS)
     if latitude is None or longitude is None or abs(latitude) > 90 or abs(longitude) > 180:
         return None
+    return latitude, longitude
+
+
+def fix_of(topic: str, payload: bytes, capture_ns: int) -> bytes | None:
+    """Encode the position in a JSON payload as `foxglove.LocationFix`, or None where it holds no valid one."""
+    members = json_object(payload) or {}
+    position = position_of(members)
+    if position is None:
+        return None
+    latitude, longitude = position
     fix = LocationFix(frame_id=topic, latitude=latitude, longitude=longitude)
     fix.timestamp.FromNanoseconds(capture_ns)
     accuracy = _number(members, ACCURACY_KEYS)
