@@ -200,6 +200,15 @@ async def test_gap_in_the_positions_and_a_place_in_words_are_no_part_of_the_trac
     assert [second for second, _, _ in load(given.folder).track] == [0, 1, 3]
 
 
+async def test_text_of_a_result_which_asyncio_writes_holds_no_payloads(tmp_path):
+    picture = saved(Image.new("RGB", (64, 64)), "JPEG")
+    pictures = [at(second, "vehicle/camera/front", payload=picture) for second in (2, 3, 4)]
+    done = await run(setting(tmp_path, [*fixes(0, 1), *pictures, *fixes(6, 7)]))
+    assert len(done.verdict.pictures) == 3
+    assert len(repr(done)) < 5_000
+    assert "x00" not in repr(done)
+
+
 async def test_recording_in_which_nothing_is_judged_does_not_pass(tmp_path):
     with pytest.raises(TrialError, match=r"drive\.mcap: no message in it"):
         await run(setting(tmp_path, []))

@@ -83,13 +83,16 @@ class Redacted:
 
 @dataclass(slots=True, kw_only=True)
 class Verdict:
-    """What was found; `problems` is empty where the run kept its promises."""
+    """What was found; `problems` is empty where the run kept its promises.
+
+    Its text has no payloads: `asyncio.run` writes the text of what a task returns at its end, all of it.
+    """
 
     problems: list[str] = field(default_factory=list)
     arrived: Counter[tuple[str, str]] = field(default_factory=Counter)
     repeated: int = 0
-    deliveries: list[Delivery] = field(default_factory=list)
-    pictures: list[Redacted] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list, repr=False)
+    pictures: list[Redacted] = field(default_factory=list, repr=False)
 
     @property
     def masked(self) -> Counter[str]:

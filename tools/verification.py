@@ -54,9 +54,9 @@ class TruthLog:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """How a recording went, and what became of each expectation."""
+    """How a recording went, and what became of each expectation; its text has no payloads, as that of a verdict."""
 
-    sent: list[Sent]
+    sent: list[Sent] = field(repr=False)
     trial: Trial
     verdict: Verdict
     checks: list[Check]
