@@ -67,6 +67,12 @@ def test_messages_that_swap_their_ways_differ_although_all_totals_agree():
     assert differing(one, other) == {"messages that went another way": ("0", "2")}
 
 
+def test_messages_of_one_topic_and_moment_are_compared_one_by_one():
+    one = kept(events=(event(0, brokers=("hk",)), event(0, brokers=("cn",)), event(0)))
+    other = kept(events=(event(0, brokers=("cn",)), event(0, brokers=("hk",)), event(0)))
+    assert differing(one, other) == {"messages that went another way": ("0", "2")}
+
+
 def test_pictures_are_compared_by_what_was_masked_and_what_was_covered():
     one = kept(pictures=(picture({"person": 2}, (("person", True), ("plate", False))),))
     other = kept(pictures=(picture({"person": 1}, (("person", True), ("plate", True))),))

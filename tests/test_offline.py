@@ -231,6 +231,15 @@ async def test_stretch_counts_from_the_first_receipt_and_holds_what_was_captured
     assert [one.country for one in done.sent] == ["CN", "CN", "HK"]
 
 
+async def test_message_of_another_time_stands_in_the_report_where_it_was_received(tmp_path):
+    retained = replace(at(-86_400), receipt_ns=START)
+    unset = replace(at(2, "vehicle/telemetry/battery"), capture_ns=5 * SECOND)
+    given = setting(tmp_path, [retained, *fixes(1), unset, replace(at(3), capture_ns=START + 2 * SECOND)])
+    done = await run(given)
+    keep(given.folder, given, done.sent, done.trial, done.verdict)
+    assert [one.second for one in load(given.folder).events] == [0, 1, 2, 2]
+
+
 async def test_folder_of_an_earlier_run_is_not_used_again(tmp_path):
     given = setting(tmp_path, fixes(0))
     await run(given)

@@ -128,9 +128,19 @@ def _topics(runs: Sequence[RunFile]) -> list[Row]:
 
 def _fates(runs: Sequence[RunFile]) -> Row:
     """How many messages went another way than in the first run; totals may agree although messages do not."""
-    known = [{(event.topic, event.second): fate_of(event) for event in one.events} for one in runs]
+    known = [_ways(one) for one in runs]
     others = [sum(known[0].get(key, fate) != fate for key, fate in one.items()) for one in known]
     return Row(name="messages that went another way", values=tuple(str(number) for number in others))
+
+
+def _ways(run: RunFile) -> dict[tuple[str, float, int], str]:
+    """The fate of every message by its topic, its moment, and how many of both went before it."""
+    seen: Counter[tuple[str, float]] = Counter()
+    found = {}
+    for event in run.events:
+        found[event.topic, event.second, seen[event.topic, event.second]] = fate_of(event)
+        seen[event.topic, event.second] += 1
+    return found
 
 
 def _pictures(runs: Sequence[RunFile]) -> list[Row]:

@@ -54,7 +54,7 @@ class SentLog:
                 payload=message.payload,
                 country=country,
                 objects=objects,
-                recorded_ns=original.capture_ns,
+                recorded_ns=original.moment_ns,
                 captured_ns=message.capture_ns,
             )
         )

@@ -43,7 +43,7 @@ def no_fields(_topic: str) -> Fields | None:
 class Sent:
     """One message as it went to the in-car broker, with the truth about it: country, labelled objects.
 
-    `recorded_ns` is its capture time in the recording, `captured_ns` the one that it stated when it was replayed.
+    `recorded_ns` is its moment in the recording, `captured_ns` the capture that it stated when it was replayed.
     """
 
     topic: str

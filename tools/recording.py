@@ -21,13 +21,14 @@ from mcap.records import Attachment, Channel, Footer, Message, Metadata
 from mcap.writer import CompressionType, Writer
 
 from tools.mcap_records import RecordingError, records
-from tools.schemas import ChannelSchema, Form, fix_of, fix_schema, form_of, schema_of, unwrap, wrap
+from tools.schemas import NANOSECONDS, ChannelSchema, Form, fix_of, fix_schema, form_of, schema_of, unwrap, wrap
 
 META_TOPIC = "/mqtt/meta"
 FIX_PREFIX = "/fix/"
 PROVENANCE = "provenance"
 PROFILE = "residency-mqtt"
 CHUNK_BYTES = 1 << 20
+FAR_NS = 3600 * NANOSECONDS
 META_SCHEMA = {
     "type": "object",
     "properties": {
@@ -72,6 +73,14 @@ class Recorded:
     qos: int = 1
     retain: bool = False
     properties: Properties = NO_PROPERTIES
+
+    @property
+    def moment_ns(self) -> int:
+        """When it happened in the recording: its receipt where the stated capture is far from that.
+
+        Retained messages of another day and clocks that nobody has set state such times.
+        """
+        return self.capture_ns if abs(self.receipt_ns - self.capture_ns) <= FAR_NS else self.receipt_ns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -153,10 +153,10 @@ def _track(recording: Path, sent: Sequence[Sent], start_ns: int) -> tuple[tuple[
     found = []
     for message in messages(recording):
         members = json_object(message.payload) if message.payload[:1] == b"{" else None
-        if not members or not start_ns <= message.capture_ns <= end_ns:
+        if not members or not start_ns <= message.moment_ns <= end_ns:
             continue
         if position := position_of(members):
-            found.append((round((message.capture_ns - start_ns) / NANOSECONDS, 3), *position))
+            found.append((round((message.moment_ns - start_ns) / NANOSECONDS, 3), *position))
     return tuple(found)
 
 

@@ -46,7 +46,7 @@ class TruthLog:
                 payload=message.payload,
                 country=self.expected.country_at(second, self.truth, original.capture_ns),
                 objects=labelled.objects if labelled else (),
-                recorded_ns=original.capture_ns,
+                recorded_ns=original.moment_ns,
                 captured_ns=message.capture_ns,
             )
         )
