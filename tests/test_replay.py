@@ -224,13 +224,14 @@ async def test_message_that_the_broker_refuses_is_trouble(tmp_path):
     access = tmp_path / "access"
     access.write_text("topic readwrite vehicle/telemetry/#\n")
     access.chmod(0o644)
-    path = write(tmp_path / "r.mcap", [at(0), at(1, topic="vehicle/gnss"), at(2)])
+    refused = [at(1, topic="vehicle/gnss"), at(1, topic="vehicle/gnss", qos=2)]
+    path = write(tmp_path / "r.mcap", [at(0), *refused, at(2, qos=2)])
     async with mosquitto(config_lines=[f"acl_file {access}"]) as broker:
         done = replay(path, broker.port, "--fast")
     assert done.returncode == 3
     outcome = json.loads(done.stdout)
-    assert (outcome["sent"], outcome["acknowledged"], outcome["refused"]) == (3, 2, {"Not authorized": 1})
-    assert "refused 1 messages: Not authorized" in done.stderr
+    assert (outcome["sent"], outcome["acknowledged"], outcome["refused"]) == (4, 2, {"Not authorized": 2})
+    assert "refused 2 messages: Not authorized" in done.stderr
 
 
 @needs_mosquitto

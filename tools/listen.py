@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import fcntl
 import json
-import os
 import signal
 import socket
 import sqlite3
@@ -34,7 +33,7 @@ from agent.mqtt.packets import Session
 from agent.policy import Policy
 from agent.settings.config import load_policy
 from agent.wire.signing import public_key, public_keys
-from tools.client import Address, add_address_arguments, address_of
+from tools.client import Address, add_address_arguments, address_of, own_id
 from tools.listening.board import Board
 from tools.listening.files import FORMS, StoreError, needed
 from tools.listening.inbox import Inbox
@@ -130,9 +129,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     if arguments.group:
         filters = tuple(f"$share/{arguments.group}/{name}" for name in filters)
     return Options(
-        session=_session(
-            address_of(arguments), arguments.name or f"{consumer}-{os.getpid()}", keep=bool(arguments.name)
-        ),
+        session=_session(address_of(arguments), arguments.name or own_id("listen"), keep=bool(arguments.name)),
         filters=filters,
         expectations=Expectations(keys=_keys(arguments), may_hold=_may_hold(arguments)),
         consumer=consumer,

@@ -22,7 +22,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.errors import AgentError, EndpointError
-from tools.client import Address, add_address_arguments, address_of, connected, from_paho, new_client
+from tools.client import Address, add_address_arguments, address_of, connected, from_paho, new_client, own_id
 from tools.progress import progress
 from tools.recording import PROVENANCE, Recorded, RecordingWriter, messages
 from tools.signals import ended_by_signals
@@ -237,7 +237,7 @@ def _created(part: Path) -> IO[bytes]:
 
 def _take(recorder: Recorder, address: Address, filters: tuple[str, ...], begun: float, *, quiet: bool) -> None:
     """Record until a limit, a signal or a failure, which is raised."""
-    client = new_client(address, f"residency-record-{os.getpid()}")
+    client = new_client(address, own_id("record"))
     client.on_message = recorder.on_message
     client.on_subscribe = recorder.on_subscribe
     client.on_disconnect = recorder.on_disconnect

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.errors import AgentError
-from tools.client import Address, Client, add_address_arguments, address_of, connected, new_client, to_paho
+from tools.client import Address, Client, add_address_arguments, address_of, connected, new_client, own_id, to_paho
 from tools.faults import FAULT_USAGE, LINKS, FaultError, parse_faults
 from tools.progress import progress
 from tools.recording import Recorded, messages
@@ -226,7 +225,7 @@ def run(arguments: argparse.Namespace) -> int:
 def replay(path: Path, address: Address, options: Options, arguments: argparse.Namespace) -> Outcome:
     """Play the recording with a progress display; Ctrl-C stops after the message in hand."""
     keys = tuple(arguments.stamp or DEFAULT_KEYS)
-    client = new_client(address, f"residency-replay-{os.getpid()}")
+    client = new_client(address, own_id("replay"))
     with connected(client, address), progress(path.name, None, quiet=arguments.quiet) as advance:
         player = Player(client, fresh=arguments.fresh, keys=keys)
         count = itertools.count(1)
