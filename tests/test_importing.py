@@ -14,6 +14,7 @@ from PIL import Image
 from tools.importing import comma, frames, gpx, jsonl, mdf, nmea
 from tools.importing.join import Drive, joined
 from tools.importing.rows import BadRowError, SourceError
+from tools.progress import progress
 from tools.recording import Properties, contents, messages
 from tools.schemas import json_object
 
@@ -361,6 +362,13 @@ def test_command_stops_at_a_bad_row_or_skips_it_when_told_to(tmp_path):
     assert skipped.returncode == 0
     assert "r.jsonl:2" in skipped.stderr
     assert len(list(messages(out))) == 1
+
+
+def test_progress_shows_topics_with_brackets_as_they_are(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress("reading", 2) as advance:
+        advance(1, "a/[left]/[/red]")
+    assert "a/[left]/[/red]" in capsys.readouterr().err
 
 
 def test_command_without_a_source_is_wrong_usage(tmp_path):
