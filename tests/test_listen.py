@@ -243,6 +243,23 @@ async def test_a_signal_ends_a_listener_in_order(keys, tmp_path):
     assert figures["refused"] == 0
 
 
+@needs_mosquitto
+async def test_a_listener_that_cannot_come_back_says_why(keys, tmp_path):
+    async with (
+        asyncio.timeout(SECONDS),
+        mosquitto(config_lines=SUBSCRIPTIONS) as broker,
+        consumer(*_command(broker.port, keys, "--out", tmp_path / "out")) as process,
+    ):
+        await subscribed(broker, "+/+/#")
+        await broker.stop()
+        told = b""
+        while told.count(b"trying again") < 2:
+            told += await process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        await _figures(process)
+    assert b"cannot be reached" in told or b"refused" in told
+
+
 def _run(capsys, command):
     """The exit status and standard error of a command, run in this process."""
     status = tools_main(list(map(str, command[3:])))

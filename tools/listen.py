@@ -91,6 +91,8 @@ async def _listen(arguments: argparse.Namespace) -> int:
         listener = Listener(options=options, inbox=inbox, board=board)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, listener.stop.set)
+        if arguments.json:
+            listener.tell = lambda why: print(f"residency-tools listen: {why}; trying again", file=sys.stderr)
         live = None if arguments.json else stack.enter_context(Live(console=Console(), refresh_per_second=4))
         if live is not None:
             listener.show = lambda: live.update(board.table(inbox.missing(), time.monotonic()))
