@@ -4,7 +4,7 @@ It verifies every record, drops duplicates by source and id, counts gaps by sequ
 this endpoint may not hold, and writes the good ones as JSONL or partitioned Parquet. Several of them with one
 `--group` and one `--out` share a stream without loss and without double output.
 
-Exit status: 0 all good, 1 something was refused, 2 it could not run.
+Exit status: 0 all good, 1 something was refused, 2 wrong usage, 3 a file or the broker could not be used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.console import Console
 from rich.live import Live
 
-from agent.errors import AgentError
+from agent.errors import AgentError, EndpointError
 from agent.mqtt.packets import Session
 from agent.policy import Policy
 from agent.settings.config import load_policy
@@ -43,6 +43,8 @@ from tools.listening.receiving import Listener, Options, Output
 WINDOW = 1000  # Receive Maximum: records taken but not yet acknowledged
 SESSION_SECONDS = 7 * 86_400  # how long the broker keeps records for a named listener that is away
 INBOX = ".listen.sqlite"
+USAGE_STATUS, TROUBLE_STATUS = 2, 3
+TROUBLES = (EndpointError, StoreError, sqlite3.Error, OSError)
 
 MayHold = Callable[[tuple[str, ...], str], bool]
 
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         return asyncio.run(_listen(arguments))
     except (AgentError, sqlite3.Error, OSError, ValueError) as exc:
         print(f"residency-tools listen: {str(exc) or type(exc).__name__}", file=sys.stderr)
-        return 2
+        return TROUBLE_STATUS if isinstance(exc, TROUBLES) else USAGE_STATUS
 
 
 async def _listen(arguments: argparse.Namespace) -> int:
