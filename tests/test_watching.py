@@ -39,7 +39,13 @@ def full_content():
         "stalled": None,
         "fixes": {"accepted": 1, "malformed": 1, "stale": 1},
         "sessions": {
-            "telemetry": {"connected": True, "emptied_seconds": 0.5, "turned_seconds": 0.1, "durable_seconds": slow}
+            "telemetry": {
+                "connected": True,
+                "emptied_seconds": 0.5,
+                "turned_seconds": 0.1,
+                "durable_seconds": slow,
+                "unasked": 1,
+            }
         },
         "endpoints": {
             "cn": {
