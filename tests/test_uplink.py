@@ -3,7 +3,7 @@ import time
 from collections import Counter
 
 import pytest
-from endpoints import bench, number_of
+from endpoints import bench, number_of, policy_of
 from fake_broker import fake_broker, silent
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +12,7 @@ from agent.errors import LedgerStalledError
 from agent.messages import Priority
 from agent.mqtt import backoff
 from agent.mqtt import connection as mqtt
-from agent.uplink import settling
+from agent.uplink import group, settling
 from agent.uplink.patience import Patience
 from agent.uplink.shares import SHARE, Shares
 
@@ -565,6 +565,45 @@ async def test_failed_connection_leaves_nothing_in_its_socket_for_later(patience
         endpoint.reading.set()
         await first.ended.wait()
         assert len(first.published) < 5, "a record that was given up arrived after all"
+
+
+@pytest.mark.parametrize("stays", [True, False], ids=["endpoint that others may go to", "endpoint that is gone"])
+async def test_once_a_change_of_the_policy_is_done_no_socket_holds_what_it_forbids(patience, monkeypatch, stays):
+    monkeypatch.setattr(group, "DRAIN_SECONDS", 0.1)
+    async with (
+        asyncio.timeout(patience),
+        fake_broker(receive_buffer=8192) as endpoint,
+        bench({"a": endpoint.port}) as it,
+    ):
+        endpoint.on_publish = lambda _session, _publish: endpoint.reading.clear()
+        uplinks, options = group.UplinkGroup(it.board, it.make), {"a": it.options_of("a")}
+        await it.store(range(5), size=60_000)
+        await uplinks.apply(options, it.run)
+        await endpoint.until(lambda: endpoint.published)
+        it.policy = policy_of("b")
+        await uplinks.apply(options if stays else {}, it.run)
+        first, endpoint.on_publish = endpoint.session, silent
+        endpoint.reading.set()
+        await first.ended.wait()
+        assert len(first.published) == 1, "a record arrived after the endpoint had lost its permission"
+        assert not stays or not any(session.published for session in endpoint.sessions[1:])
+        assert it.counts.delivered == 0
+
+
+async def test_endpoint_that_may_get_all_that_is_in_flight_keeps_its_connection_when_the_policy_changes(
+    endpoint, patience
+):
+    endpoint.on_publish = silent
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}) as it:
+        uplinks, options = group.UplinkGroup(it.board, it.make), {"a": it.options_of("a")}
+        await it.store([1])
+        await uplinks.apply(options, it.run)
+        await endpoint.until(lambda: endpoint.published)
+        it.policy = policy_of("b", "a")
+        await uplinks.apply(options, it.run)
+        endpoint.session.puback(endpoint.published[0].mid)
+        await it.until(lambda: it.counts.delivered == 1)
+        assert endpoint.connections == 1
 
 
 @given(st.lists(st.tuples(st.sampled_from(["accepted", "deferred", "lost"]), st.integers(0, 5)), max_size=60))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 import msgspec
 
@@ -40,6 +41,10 @@ class Flights:
 
     def __contains__(self, future: object) -> bool:
         return future in self._flights
+
+    def items(self) -> Iterator[tuple[asyncio.Future[Puback], tuple[Record, ...]]]:
+        """What gives the PUBACK of each PUBLISH, and its records."""
+        return ((future, flight.records) for future, flight in self._flights.items())
 
     def add(self, future: asyncio.Future[Puback], flight: Flight, now: float) -> None:
         """A PUBLISH was made."""

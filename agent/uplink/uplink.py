@@ -2,7 +2,8 @@
 
 Invariants:
 - A record is published only through an `Outlet`, which takes nothing but what `Policy.clear` made the moment before.
-- A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again.
+- A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again, and what the
+  socket still holds of it goes to nobody, however the connection ends.
 - At most the endpoint's window is in flight, in PUBLISHes and in bytes; no record is in flight at two endpoints. What
   is said of the vehicle's presence counts: an endpoint may hang up on one PUBLISH above its Receive Maximum.
 - Urgent records go first; then live ones, with a share for the backlog, so that both always move (`shares`).
@@ -92,6 +93,7 @@ class Uplink:
         self._registration = registration
         self._committer = committer
         self._board = board
+        self._connection: Connection | None = None
         self._flights = Flights()
         self._patience = Patience(random.random)
         self._loading = Loading(options.batch_records, self._patience)
@@ -107,6 +109,22 @@ class Uplink:
     def in_flight(self) -> int:
         """Publishes without PUBACK."""
         return len(self._flights)
+
+    async def comply(self, patience_s: float) -> None:
+        """Return once nothing is in flight that the policy forbids; what is after `patience_s` costs the connection.
+
+        Cancelling is safe.
+        """
+        policy = self._policy()
+        forbidden = [
+            future
+            for future, records in self._flights.items()
+            if not all(policy.clear(record, self.options.name, self._registration) for record in records)
+        ]
+        if forbidden:
+            await asyncio.wait(forbidden, timeout=patience_s)
+        if self._connection is not None and any(future in self._flights for future in forbidden):
+            self._connection.abort("what is in flight may not go there any more")
 
     async def drain(self) -> None:
         """Publish nothing more, and return when nothing is in flight. Cancelling is safe."""
@@ -168,7 +186,7 @@ class Uplink:
         presence, session = self._presence(), self.options.session
         if presence is not None:
             session = replace(session, will=presence.will(time.time_ns()))
-        connection = await dial(self.options.peer, session, next(self._attempts), self.shown)
+        connection = self._connection = await dial(self.options.peer, session, next(self._attempts), self.shown)
         reason = "given up"
         try:
             self._up()
@@ -176,7 +194,8 @@ class Uplink:
                 self._fly(connection, presence.born(connection, time.time_ns()))
             await self._pump_loop(connection, presence)
         except (asyncio.CancelledError, _RenewalError):
-            if presence is None or await presence.dead(connection, time.time_ns()):
+            said = presence is None or await presence.dead(connection, time.time_ns())
+            if said and not self._flights.bytes:  # else the kernel would go on sending them
                 connection.close()
             raise
         except AgentError as exc:
