@@ -80,6 +80,7 @@ class Bench:
     policy: Policy
     ports: dict
     options: dict
+    again: object = lambda _: None
     uplinks: dict = field(default_factory=dict)
     tasks: dict = field(default_factory=dict)
 
@@ -102,7 +103,9 @@ class Bench:
         )
 
     def make(self, options):
-        self.uplinks[options.name] = Uplink(options, lambda: self.policy, "", self.committer, self.board)
+        self.uplinks[options.name] = Uplink(
+            options, lambda: self.policy, "", self.committer, self.board, again=self.again
+        )
         return self.uplinks[options.name]
 
     def run(self, name, loop):

@@ -1,7 +1,9 @@
 import asyncio
 import time
 from collections import Counter
+from contextlib import contextmanager
 
+import msgspec
 import pytest
 from endpoints import bench, number_of, policy_of
 from fake_broker import fake_broker, silent
@@ -12,7 +14,8 @@ from agent.errors import LedgerStalledError
 from agent.messages import Priority
 from agent.mqtt import backoff
 from agent.mqtt import connection as mqtt
-from agent.uplink import group, settling
+from agent.store.entries import Ending, Redecided
+from agent.uplink import group, recall, settling
 from agent.uplink.patience import Patience
 from agent.uplink.shares import SHARE, Shares
 
@@ -588,6 +591,69 @@ async def test_once_a_change_of_the_policy_is_done_no_socket_holds_what_it_forbi
         assert len(first.published) == 1, "a record arrived after the endpoint had lost its permission"
         assert not stays or not any(session.published for session in endpoint.sessions[1:])
         assert it.counts.delivered == 0
+
+
+class Except:
+    """A policy that forbids one record beside what it forbids anyway."""
+
+    def __init__(self, policy, record):
+        self.policy, self.record = policy, record
+
+    def clear(self, record, endpoint, registration):
+        return None if record.id == self.record else self.policy.clear(record, endpoint, registration)
+
+
+def to_b(record):
+    return Redecided(record=msgspec.structs.replace(record, route=("b",)), reason="test", time_ns=1)
+
+
+@contextmanager
+def full_disk(it, monkeypatch):
+    """It takes what ends records, and nothing else."""
+
+    def commit(entries, commit=it.committer.ledger.commit):
+        if not all(isinstance(entry, Ending) for entry in entries):
+            raise LedgerStalledError("the disk is full")
+        commit(entries)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(it.committer.ledger, "commit", commit)
+        yield
+
+
+async def test_record_that_waits_on_a_full_disk_for_its_new_route_holds_up_neither_the_others_nor_the_look_at_reach(
+    endpoint, other, patience, monkeypatch
+):
+    async with asyncio.timeout(patience), bench({"a": endpoint.port, "b": other.port}) as it:
+        await it.store(range(10))
+        it.policy, it.again = Except(it.policy, "id-0"), to_b
+        with full_disk(it, monkeypatch):
+            it.start("a")
+            await it.until(lambda: it.counts.delivered == 9)
+            assert it.counts.pending == 1
+            it.board.reachable = lambda _: False
+            await it.until(lambda: not it.uplinks["a"].connected)
+            await it.stop("a")
+        await it.until(lambda: it.board.claimed == set())
+        it.policy, it.board.reachable = it.policy.policy, lambda _: True
+        it.start("b")
+        await it.until(lambda: it.counts.delivered == 10)
+        assert numbers(other) == [0]
+
+
+async def test_no_more_is_read_while_as_much_as_may_waits_for_the_disk(endpoint, patience, monkeypatch):
+    monkeypatch.setattr(recall, "MOST_BYTES", 10_000)
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, in_flight=4) as it:
+        await it.store(range(50), size=1000)
+        it.policy, it.again = policy_of("b"), to_b
+        with full_disk(it, monkeypatch):
+            it.start()
+            await it.until(lambda: it.committer.stalled and len(it.board.claimed) > 5)
+            for _ in range(5):
+                it.board.wake(["a"])
+                await asyncio.sleep(0.02)
+            assert len(it.board.claimed) < 16
+        await it.until(lambda: it.board.claimed == set())
 
 
 async def test_endpoint_that_may_get_all_that_is_in_flight_keeps_its_connection_when_the_policy_changes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import msgspec
 
@@ -42,9 +42,9 @@ class Flights:
     def __contains__(self, future: object) -> bool:
         return future in self._flights
 
-    def items(self) -> Iterator[tuple[asyncio.Future[Puback], tuple[Record, ...]]]:
-        """What gives the PUBACK of each PUBLISH, and its records."""
-        return ((future, flight.records) for future, flight in self._flights.items())
+    def with_any(self, matches: Callable[[Record], bool]) -> list[asyncio.Future[Puback]]:
+        """What gives the PUBACK of each PUBLISH with such a record."""
+        return [future for future, flight in self._flights.items() if any(map(matches, flight.records))]
 
     def add(self, future: asyncio.Future[Puback], flight: Flight, now: float) -> None:
         """A PUBLISH was made."""

@@ -1,4 +1,8 @@
-"""What becomes of a record that was about to be sent, and must not go, or cannot."""
+"""What becomes of a record that was about to be sent, and must not go, or cannot.
+
+It is written down beside the sending: a disk that takes nothing holds up neither the records that may go nor the watch
+over the connection. What waits for the disk is bounded: while it is `full`, no more records should be read.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,40 @@ from collections.abc import Callable
 
 from agent.board import Board
 from agent.messages import Record
-from agent.store.committer import Committer
-from agent.store.entries import Entry, Redecided, Withdrawn
+from agent.store.entries import Entry, Withdrawn
+from agent.uplink.settling import Settling
+
+MOST_BYTES = 1 << 20  # of envelopes that wait; beyond it are only those that were read before
 
 
 class Recall:
     """One endpoint's. `again` says what becomes of a record that the policy no longer lets go here; None: withdrawn."""
 
-    def __init__(self, committer: Committer, board: Board, again: Callable[[Record], Entry | None]) -> None:
-        self._committer = committer
+    def __init__(self, settling: Settling, board: Board, again: Callable[[Record], Entry | None]) -> None:
+        self._settling = settling
         self._board = board
         self._again = again
+        self._waiting: dict[str, int] = {}
 
-    async def decide_again(self, record: Record) -> None:
+    @property
+    def full(self) -> bool:
+        """Whether as much waits for the disk as may."""
+        claimed = self._board.claimed
+        self._waiting = {record: size for record, size in self._waiting.items() if record in claimed}
+        return sum(self._waiting.values()) > MOST_BYTES
+
+    def decide_again(self, record: Record) -> None:
         """The policy does not permit it here any more."""
-        entry = self._again(record)
-        if entry is None:
-            await self.withdraw(record, "policy.withdrawn")
-            return
-        await self._committer.submit(entry)
-        self._board.claimed.discard(record.id)
-        self._board.wake(entry.record.route if isinstance(entry, Redecided) else ())
+        self._end(record, self._again(record) or _withdrawn(record, "policy.withdrawn"))
 
-    async def withdraw(self, record: Record, reason: str) -> None:
+    def withdraw(self, record: Record, reason: str) -> None:
         """It is not sent at all, on record."""
-        await self._committer.submit(Withdrawn(id=record.id, reason=reason, time_ns=time.time_ns()))
-        self._board.claimed.discard(record.id)
+        self._end(record, _withdrawn(record, reason))
+
+    def _end(self, record: Record, entry: Entry) -> None:
+        self._waiting[record.id] = len(record.envelope)
+        self._settling.add(record.id, entry)
+
+
+def _withdrawn(record: Record, reason: str) -> Withdrawn:
+    return Withdrawn(id=record.id, reason=reason, time_ns=time.time_ns())

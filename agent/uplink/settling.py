@@ -1,8 +1,9 @@
-"""What an endpoint said of records, on its way into the ledger.
+"""What an endpoint, or the policy, said of records, on its way into the ledger.
 
 Invariants
 - A record stays claimed until what was said of it is durable: no uplink sends it a second time meanwhile.
 - All that is said in one turn of the loop is handed over at once; it waits in the committer for company.
+- What ends records waits for nothing that needs room on the disk.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from agent.board import Board
 from agent.errors import LedgerError
 from agent.mqtt.packets import Puback
 from agent.store.committer import Committer
-from agent.store.entries import Delivered, Ending, Rejected
+from agent.store.entries import Delivered, Ending, Entry, Rejected
 
 FINISH_SECONDS = 2.0  # for which the disk is waited for when a connection ends
 # MQTT 5.0, 3.4.2.1: Unspecified, Implementation specific, Not authorized, Packet identifier in use, Quota exceeded.
@@ -40,11 +41,11 @@ class Settling:
         self._committer = committer
         self._board = board
         self._told = told
-        self._answers: list[tuple[str, Ending | None]] = []
+        self._answers: list[tuple[str, Entry | None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def add(self, record: str, answer: Ending | None) -> None:
-        """Write down an answer; None: there is nothing to write down, the record is free."""
+    def add(self, record: str, answer: Entry | None) -> None:
+        """Write down an answer, or another entry; None: there is nothing to write down, the record is free."""
         if not self._answers:
             asyncio.get_running_loop().call_soon(self._begin)
         self._answers.append((record, answer))
@@ -61,19 +62,26 @@ class Settling:
                 await asyncio.wait(self._tasks, timeout=FINISH_SECONDS)
 
     def _begin(self) -> None:
-        if self._answers:
-            task = asyncio.create_task(self._settle(self._answers), name=f"settle-{self._name}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            self._answers = []
+        answers, self._answers = self._answers, []
+        changes = [one for one in answers if _changes(one[1])]
+        for some in ([one for one in answers if not _changes(one[1])], changes):
+            if some:
+                task = asyncio.create_task(self._settle(some), name=f"settle-{self._name}")
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
 
-    async def _settle(self, answers: list[tuple[str, Ending | None]]) -> None:
+    async def _settle(self, answers: list[tuple[str, Entry | None]]) -> None:
         try:
             await self._committer.submit(*(answer for _, answer in answers if answer is not None))
         except LedgerError as exc:
             self.broken = exc
         else:
             self._board.claimed.difference_update(record for record, _ in answers)
-            if any(answer is None for _, answer in answers):  # some are free, here and where they may go instead
+            if any(answer is None or _changes(answer) for _, answer in answers):  # some may go now, here or elsewhere
                 self._board.wake(self._board.stored)
         self._told()
+
+
+def _changes(answer: Entry | None) -> bool:
+    """Whether the record stays, but for another endpoint or until its region is known."""
+    return answer is not None and not isinstance(answer, Ending)

@@ -49,7 +49,6 @@ from agent.uplink.settling import RETRY_LATER, Settling, answer
 from agent.uplink.shares import Shares
 from agent.uplink.supply import Supply, waits
 from agent.uplink.tls import Shown
-from agent.wire import batch
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,6 @@ class Uplink:
         self.delivered = Histogram(WAIT_SECONDS)
         self.options = options
         self.shown = Shown(options.name)
-        self._recall = Recall(committer, board, again)
         self._policy = policy
         self._registration = registration
         self._committer = committer
@@ -99,6 +97,7 @@ class Uplink:
         self._loading = Loading(options.batch_records, self._patience)
         self._wake = board.stored.setdefault(options.name, asyncio.Event())
         self._settling = Settling(options.name, committer, board, self._wake.set)
+        self._recall = Recall(self._settling, board, again)
         self._attempts = itertools.count()
         self._draining = False
         self._renewing = False
@@ -115,12 +114,7 @@ class Uplink:
 
         Cancelling is safe.
         """
-        policy = self._policy()
-        forbidden = [
-            future
-            for future, records in self._flights.items()
-            if not all(policy.clear(record, self.options.name, self._registration) for record in records)
-        ]
+        forbidden = self._flights.with_any(lambda record: self._clear(record) is None)
         if forbidden:
             await asyncio.wait(forbidden, timeout=patience_s)
         if self._connection is not None and any(future in self._flights for future in forbidden):
@@ -232,7 +226,7 @@ class Uplink:
         loading = self._loading
         ready = loading.ready
         supply = Supply(options.name, self._committer, self._board, self._patience, shares=shares, ready=ready)
-        outlet = loading.outlet = self._outlet(connection)
+        outlet = loading.open(connection, options)
         connection.on_drained(self._wake.set)
         connection.closed.add_done_callback(lambda _: self._wake.set())
         try:
@@ -240,10 +234,10 @@ class Uplink:
                 self.turned = time.monotonic()
                 self._wake.clear()
                 self._renewing |= self.shown.due(time.monotonic())
-                if not (self._draining or self._renewing):
+                if not (self._draining or self._renewing or self._recall.full):
                     await supply.refill(loading.wanted(self._window(connection)))
                 while ready and self._may_send(connection):
-                    await self._send(connection, outlet, loading.next(connection.maximum_packet_size))
+                    self._send(connection, outlet, loading.next(connection.maximum_packet_size))
                 if not ready or not self._may_send(connection):
                     await self._wait(shares)
                 if presence is not None:
@@ -274,31 +268,18 @@ class Uplink:
             return False
         return not self._flights or (connection.unsent < UNSENT_BYTES and self._flights.bytes < IN_FLIGHT_BYTES)
 
-    def _outlet(self, connection: Connection) -> Outlet:
-        options = self.options
-        return Outlet(
-            connection,
-            endpoint=options.name,
-            vehicle=options.vehicle,
-            topic=options.topic,
-            wire=options.wire,
-            compress=batch.compressor() if options.batch_compression == "zstd" else None,
-        )
-
-    async def _send(self, connection: Connection, outlet: Outlet, records: Sequence[Record]) -> None:
-        policy, cleared, recalled = self._policy(), [], []
-        for record in records:
-            one = policy.clear(record, self.options.name, self._registration)
-            if one is None:
-                recalled.append(record)
-            else:
-                cleared.append(one)
+    def _send(self, connection: Connection, outlet: Outlet, records: Sequence[Record]) -> None:
+        judged = [(record, self._clear(record)) for record in records]
+        cleared = [one for _, one in judged if one is not None]
         if cleared:
-            await self._publish(connection, outlet, cleared)
-        for record in recalled:
-            await self._recall.decide_again(record)
+            self._publish(connection, outlet, cleared)
+        for record in (record for record, one in judged if one is None):
+            self._recall.decide_again(record)
 
-    async def _publish(self, connection: Connection, outlet: Outlet, cleared: Sequence[Cleared]) -> None:
+    def _clear(self, record: Record) -> Cleared | None:
+        return self._policy().clear(record, self.options.name, self._registration)
+
+    def _publish(self, connection: Connection, outlet: Outlet, cleared: Sequence[Cleared]) -> None:
         records, now_ns = tuple(one.record for one in cleared), time.time_ns()
         try:
             future = outlet.publish_batch(cleared, now_ns) if len(cleared) > 1 else outlet.publish(cleared[0], now_ns)
@@ -306,7 +287,7 @@ class Uplink:
             if len(records) > 1:
                 self._loading.part(records)
             else:
-                await self._recall.withdraw(records[0], "envelope.unusable")
+                self._recall.withdraw(records[0], "envelope.unusable")
             return
         self.resent += sum(self._board.is_resent(record.id) for record in records)
         self._fly(connection, future, records)
