@@ -457,6 +457,7 @@ async def test_answers_in_single_bytes_are_understood(endpoint, patience):
         pytest.param(b"\x00\x00", id="reserved packet"),
         pytest.param(b"\x32\x03\xff\xff\x41", id="torn PUBLISH"),
         pytest.param(b"\x62\x02\x00\x09", id="PUBREL out of nowhere"),
+        pytest.param(b"\xd0\x00\xff\xff\xff\xff\xff\x01", id="endless length behind a PINGRESP"),
         pytest.param(b"\x90\x00", id="SUBACK without identifier"),
         pytest.param(b"\xe0\x02\x42\x00", id="DISCONNECT with an unknown code"),
     ],
@@ -477,6 +478,30 @@ async def test_nonsense_from_the_endpoint_costs_at_most_its_connection(endpoint,
         assert it.counts.conserved
     escaped = [row for row in caplog.records if row.name == "asyncio" and row.levelname == "ERROR"]
     assert escaped == []
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_endpoint_that_sends_messages_nobody_asked_for_gets_its_records_once(endpoint, patience, protocol):
+    def on_publish(session, publish):
+        session.deliver("hello", b"", qos=publish.mid % 2)
+        session.puback(publish.mid)
+
+    endpoint.on_publish = on_publish
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, ack_timeout_s=1.0, protocol=protocol) as it:
+        await it.store(range(20))
+        it.start()
+        await it.until(lambda: it.counts.delivered == 20)
+        assert sorted(numbers(endpoint)) == list(range(20))
+        assert (endpoint.connections, endpoint.session.acked) == (1, [])
+
+
+async def test_endpoint_that_sends_a_packet_above_our_limit_loses_its_connection_before_we_read_it(endpoint, patience):
+    endpoint.on_publish = lambda session, _publish: session.send(b"\x30\xff\xff\xff\x7f" + bytes(100_000))
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}) as it:
+        await it.store([1])
+        it.start()
+        await it.until(lambda: it.uplinks["a"].last_error)
+        assert "protocol error" in it.uplinks["a"].last_error
 
 
 async def test_puback_twice_and_puback_for_nothing_change_nothing(endpoint, patience):
