@@ -158,6 +158,22 @@ async def test_mistake_of_the_agents_own_while_it_reads_is_a_refusal_that_tells_
         await reloader._reload(None)
 
 
+async def test_region_loses_no_country_while_records_that_may_carry_it_are_still_being_written_down():
+    stopped = []
+
+    async def stop(names):
+        stopped.extend(names)
+
+    reloader = object.__new__(Reloader)
+    reloader._accepted, reloader.uplinks = Accepted(), SimpleNamespace(running={"cn": None}, stop=stop)
+    reloader._inward = SimpleNamespace(
+        committer=SimpleNamespace(stalled=None), board=SimpleNamespace(claimed={"claimed by an uplink"})
+    )
+    with pytest.raises(AgentError, match="not written down"):
+        await reloader._remember(SimpleNamespace(policy=SimpleNamespace(shrunk=lambda _: {"cn"})))
+    assert stopped == ["cn"]
+
+
 def sign(folder, *names):
     command_line.main(["sign", "--key", str(folder / "fleet.pem"), *(str(folder / name) for name in names)])
 
