@@ -15,7 +15,7 @@ from agent.messages import Priority
 from agent.mqtt import backoff
 from agent.mqtt import connection as mqtt
 from agent.store.entries import Ending, Redecided
-from agent.uplink import group, recall, settling
+from agent.uplink import group, settling
 from agent.uplink.patience import Patience
 from agent.uplink.shares import SHARE, Shares
 
@@ -242,6 +242,30 @@ async def test_record_that_the_endpoint_refuses_for_good_is_not_sent_again(endpo
         it.start()
         await it.until(lambda: it.counts.refused == 5)
         assert len(endpoint.published) == 5
+        assert it.counts.conserved
+
+
+async def test_record_that_is_too_large_for_one_endpoint_goes_to_the_next_that_is_permitted(endpoint, other, patience):
+    endpoint.connack_properties = {"maximum_packet": 1000}
+    async with asyncio.timeout(patience), bench({"a": endpoint.port, "b": other.port}) as it:
+        await it.store([1], size=2000, route=("a", "b"))
+        await it.store([2], route=("a", "b"))
+        it.start()
+        await it.until(lambda: it.counts.delivered == 2)
+        assert (numbers(endpoint), numbers(other)) == ([2], [1])
+
+
+@pytest.mark.parametrize("code", [0x90, 0x99])
+async def test_record_that_every_endpoint_of_its_route_refuses_for_good_is_asked_for_once_each(
+    endpoint, other, patience, code
+):
+    for one in (endpoint, other):
+        one.on_publish = lambda session, publish: session.puback(publish.mid, code)
+    async with asyncio.timeout(patience), bench({"a": endpoint.port, "b": other.port}) as it:
+        await it.store(range(3), route=("a", "b"))
+        it.start()
+        await it.until(lambda: it.counts.refused == 3)
+        assert (sorted(numbers(endpoint)), sorted(numbers(other))) == ([0, 1, 2], [0, 1, 2])
         assert it.counts.conserved
 
 
@@ -667,7 +691,7 @@ async def test_record_that_waits_on_a_full_disk_for_its_new_route_holds_up_neith
 
 
 async def test_no_more_is_read_while_as_much_as_may_waits_for_the_disk(endpoint, patience, monkeypatch):
-    monkeypatch.setattr(recall, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(settling, "MOST_BYTES", 10_000)
     async with asyncio.timeout(patience), bench({"a": endpoint.port}, in_flight=4) as it:
         await it.store(range(50), size=1000)
         it.policy, it.again = policy_of("b"), to_b

@@ -97,7 +97,7 @@ class Uplink:
         self._loading = Loading(options.batch_records, self._patience)
         self._wake = board.stored.setdefault(options.name, asyncio.Event())
         self._settling = Settling(options.name, committer, board, self._wake.set)
-        self._recall = Recall(self._settling, board, again)
+        self._recall = Recall(self._settling, again)
         self._attempts = itertools.count()
         self._draining = False
         self._renewing = False
@@ -234,7 +234,7 @@ class Uplink:
                 self.turned = time.monotonic()
                 self._wake.clear()
                 self._renewing |= self.shown.due(time.monotonic())
-                if not (self._draining or self._renewing or self._recall.full):
+                if not (self._draining or self._renewing or self._settling.full):
                     await supply.refill(loading.wanted(self._window(connection)))
                 while ready and self._may_send(connection):
                     self._send(connection, outlet, loading.next(connection.maximum_packet_size))
@@ -317,7 +317,7 @@ class Uplink:
         for record in records:
             if puback.accepted:
                 self.delivered.observe((now_ns - record.recorded_ns) / SECOND)
-            self._settling.add(record.id, answer(record.id, self.options.name, puback, now_ns))
+            self._settling.add(record, answer(record, self.options.name, puback, now_ns))
 
     def _judge(self, records: Sequence[Record], puback: Puback) -> None:
         """What the endpoint's answer says of the endpoint."""
