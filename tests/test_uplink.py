@@ -6,16 +6,17 @@ from contextlib import contextmanager
 import msgspec
 import pytest
 from endpoints import bench, number_of, policy_of
-from fake_broker import fake_broker, silent
+from fake_broker import CONNACK, fake_broker, packet, silent
 from hypothesis import given
 from hypothesis import strategies as st
+from test_uplink_presence import ASKED
 
 from agent.errors import LedgerStalledError
 from agent.messages import Priority
 from agent.mqtt import backoff
 from agent.mqtt import connection as mqtt
 from agent.store.entries import Ending, Redecided
-from agent.uplink import group, settling
+from agent.uplink import group, reach, settling
 from agent.uplink.patience import Patience
 from agent.uplink.shares import SHARE, Shares
 
@@ -575,6 +576,36 @@ async def test_endpoint_that_takes_nothing_at_qos_1_gets_nothing(endpoint, patie
         await endpoint.until(lambda: endpoint.connections == 2)
         assert endpoint.published == []
         assert "a" in it.board.down
+
+
+async def test_nothing_more_goes_to_an_endpoint_that_got_out_of_reach_while_it_was_connected_to(
+    endpoint, patience, monkeypatch
+):
+    monkeypatch.setattr(reach, "LOOK_SECONDS", 3600.0)
+    endpoint.connack = None
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, presence=ASKED) as it:
+        await it.store(range(5))
+        it.start()
+        await endpoint.until(lambda: endpoint.sessions)
+        it.board.reachable = lambda _: False
+        endpoint.session.send(packet(CONNACK, b"\0\0\0"))
+        await endpoint.session.ended.wait()
+        assert endpoint.published == []
+        assert "not to be reached" in it.uplinks["a"].last_error
+
+
+async def test_connecting_is_given_up_where_the_endpoint_gets_out_of_reach(endpoint, patience, monkeypatch):
+    monkeypatch.setattr(reach, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(mqtt, "CONNECT_SECONDS", 3600.0)
+    endpoint.connack = None
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}) as it:
+        await it.store([1])
+        it.start()
+        await endpoint.until(lambda: endpoint.sessions)
+        it.board.reachable = lambda _: False
+        await endpoint.session.ended.wait()
+        await it.until(lambda: it.uplinks["a"].last_error)
+        assert "not to be reached" in it.uplinks["a"].last_error
 
 
 async def test_endpoint_that_never_answers_connect_is_down_and_others_deliver(endpoint, other, patience, monkeypatch):

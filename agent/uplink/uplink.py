@@ -37,6 +37,7 @@ from agent.mqtt.packets import Puback
 from agent.policy import Cleared, Policy
 from agent.store.committer import Committer
 from agent.store.entries import Entry
+from agent.uplink import reach
 from agent.uplink.egress import dial
 from agent.uplink.flights import Flight, Flights
 from agent.uplink.loading import Loading
@@ -91,6 +92,7 @@ class Uplink:
         self._registration = registration
         self._committer = committer
         self._board = board
+        self._reachable: Callable[[], bool] = lambda: board.reachable(options.name)
         self._connection: Connection | None = None
         self._flights = Flights()
         self._patience = Patience(random.random)
@@ -114,10 +116,8 @@ class Uplink:
 
         Cancelling is safe.
         """
-        forbidden = self._flights.with_any(lambda record: self._clear(record) is None)
-        if forbidden:
-            await asyncio.wait(forbidden, timeout=patience_s)
-        if self._connection is not None and any(future in self._flights for future in forbidden):
+        gone = await self._flights.gone(lambda record: self._clear(record) is None, patience_s)
+        if not gone and self._connection is not None:
             self._connection.abort("what is in flight may not go there any more")
 
     async def drain(self) -> None:
@@ -168,7 +168,7 @@ class Uplink:
         while True:
             self.turned = time.monotonic()
             self._wake.clear()
-            if not board.reachable(name):
+            if not self._reachable():
                 board.down.add(name)
             elif await waits(self._committer, name, board.down):
                 return
@@ -180,9 +180,11 @@ class Uplink:
         presence, session = self._presence(), self.options.session
         if presence is not None:
             session = replace(session, will=presence.will(time.time_ns()))
-        connection = self._connection = await dial(self.options.peer, session, next(self._attempts), self.shown)
-        reason = "given up"
+        async with reach.watched(self._reachable):
+            connection = await dial(self.options.peer, session, next(self._attempts), self.shown)
+        self._connection, reason = connection, "given up"
         try:
+            self._check(connection)
             self._up()
             if presence is not None:
                 self._fly(connection, presence.born(connection, time.time_ns()))
@@ -232,6 +234,7 @@ class Uplink:
         try:
             while not connection.closed.done():
                 self.turned = time.monotonic()
+                self._check(connection)
                 self._wake.clear()
                 self._renewing |= self.shown.due(time.monotonic())
                 if not (self._draining or self._renewing or self._settling.full):
@@ -242,7 +245,6 @@ class Uplink:
                     await self._wait(shares)
                 if presence is not None:
                     self._tell(connection, presence)
-                self._check(connection)
         finally:
             supply.give_back()
         raise EndpointError(connection.closed.result())
@@ -345,5 +347,4 @@ class Uplink:
         stuck = self._flights.stuck(time.monotonic(), connection.acknowledged(), self.options.ack_timeout_s)
         if stuck is not None:
             raise EndpointError(stuck)
-        if not self._board.reachable(self.options.name):
-            raise EndpointError("not to be reached from where the vehicle is now")
+        reach.check(self._reachable)
