@@ -251,6 +251,16 @@ def test_packet_that_is_too_large_is_an_error_before_it_has_come(pair):
         client._packet_read()
 
 
+def test_message_at_qos_2_is_kept_nowhere_where_we_only_publish(pair):
+    client, peer = pair
+    client.only_publishes, came = True, []
+    client.on_incoming = came.append
+    peer.sendall(b"\x34\x0a\0\1t\0\7\0data")
+    select.select([client._sock], [], [])
+    assert client._packet_read() is MQTTErrorCode.MQTT_ERR_SUCCESS
+    assert (len(came), client._in_messages, client.want_write()) == (1, {}, False)
+
+
 def test_what_makes_no_sense_behind_a_packet_is_seen_and_raises_only_where_it_is_read(pair):
     client, peer = pair
     peer.sendall(b"\xd0\0" + b"\x30\xff\xff\xff\xff\1")

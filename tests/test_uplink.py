@@ -508,7 +508,7 @@ async def test_nonsense_from_the_endpoint_costs_at_most_its_connection(endpoint,
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 async def test_endpoint_that_sends_messages_nobody_asked_for_gets_its_records_once(endpoint, patience, protocol):
     def on_publish(session, publish):
-        session.deliver("hello", b"", qos=publish.mid % 2)
+        session.deliver("hello", b"", qos=publish.mid % 3)
         session.puback(publish.mid)
 
     endpoint.on_publish = on_publish

@@ -52,7 +52,7 @@ class DirectClient(Client):
 
     What it publishes is not in paho's books, so paho never sends it again. `on_incoming` gets each PUBLISH at QoS 0 or
     1, `on_puback` each PUBACK as its packet identifier and reason code. A DISCONNECT goes out at once. A packet of more
-    than `largest` bytes makes no sense.
+    than `largest` bytes makes no sense. Where it `only_publishes`, paho, which keeps each PUBLISH at QoS 2, gets none.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - paho's own
@@ -63,6 +63,7 @@ class DirectClient(Client):
         self._unsent = bytearray()
         self.writes = 0  # to the socket so far
         self.largest = LARGEST_PACKET
+        self.only_publishes = False
 
     @property
     def has_packet(self) -> bool:
@@ -105,7 +106,7 @@ class DirectClient(Client):
         self._taken = span[1]
         self._last_bytes_received = time.monotonic()
         kind = head & 0xF0
-        if kind == PUBLISH and head >> 1 & 3 != EXACTLY_ONCE:
+        if kind == PUBLISH and (self.only_publishes or head >> 1 & 3 != EXACTLY_ONCE):
             self.on_incoming(_incoming(head, body, has_properties=self._protocol == MQTTProtocolVersion.MQTTv5))
             return MQTTErrorCode.MQTT_ERR_SUCCESS
         if kind == PUBACK:

@@ -85,7 +85,7 @@ class Connection:
     def _make_client(self) -> DirectClient:
         client = new_client(self._session)
         if not self._takes:
-            client.largest = self._session.maximum_packet_bytes
+            client.largest, client.only_publishes = self._session.maximum_packet_bytes, True
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_incoming = self._on_incoming
