@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ipaddress
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -31,6 +33,8 @@ LAST_PORT = 65_535
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+EXIT_UNREAD = 141  # 128 + SIGPIPE
 
 RUN_FAILED = "it could not start, or a mistake of its own ended it; systemd starts it again"
 EXPLAIN = (
@@ -52,13 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     arguments = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        print(end="", flush=True)  # here, and not at Python's end, is told what nobody takes
     except InvalidConfigError as exc:
         print(exc, file=sys.stderr)
         return EXIT_CONFIG
     except AgentError as exc:
         print(f"residency-agent: {exc}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except OSError as exc:  # of the output: those of files are AgentErrors by now
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
+        if isinstance(exc, BrokenPipeError):  # the reader has seen enough
+            return EXIT_UNREAD
+        print(f"residency-agent: {exc.filename or 'the output'}: {exc.strerror}", file=sys.stderr)
+        return EXIT_FAILED
+    return status
 
 
 def _joined(words: Sequence[str]) -> list[str]:
@@ -203,11 +217,20 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _broker(text: str) -> first_day.Broker:
     host, _, port = text.rpartition(":") if re.search(r"[^:]:\d+$|\]:\d+$", text) else (text, "", "")
-    if not host:
+    host = host.removeprefix("[").removesuffix("]")
+    if not _is_host(host):
         raise argparse.ArgumentTypeError(f"{text!r}: a host, as in mqtt.example.com or 127.0.0.1:1883")
     if port and not 1 <= int(port) <= LAST_PORT:
         raise argparse.ArgumentTypeError(f"{text!r}: a port from 1 to {LAST_PORT}")
-    return first_day.Broker(host=host.strip("[]"), port=int(port) if port else None)
+    return first_day.Broker(host=host, port=int(port) if port else None)
+
+
+def _is_host(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return re.fullmatch(r"[\w.-]+", text) is not None
+    return True
 
 
 def _endpoint(text: str) -> tuple[str, first_day.Broker]:
@@ -268,7 +291,11 @@ def _time(text: str) -> int:
 
 
 def _egress_rules(arguments: argparse.Namespace) -> int:
-    print(commands.egress_rules(assembly.load(arguments.config)))
+    rules = commands.egress_rules(assembly.load(arguments.config))
+    print(rules)
+    for line in rules.splitlines():  # the rules go to a file, where nobody may see it
+        if line.startswith(commands.UNREACHED):
+            print(f"warning: {line.removeprefix('# ')}", file=sys.stderr)
     return 0
 
 

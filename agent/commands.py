@@ -12,6 +12,8 @@ from agent.settings import typed
 from agent.settings.config import AgentConfig
 from agent.settings.policy_config import PolicyConfig
 
+UNREACHED = "# not reached: "
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -76,7 +78,10 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def egress_rules(setup: Setup) -> str:
-    """A systemd drop-in that lets the agent reach the in-car broker and its endpoints' networks, and nothing else."""
+    """A systemd drop-in that lets the agent reach the in-car broker and its endpoints' networks, and nothing else.
+
+    What it cannot let through stands in it behind UNREACHED.
+    """
     lines = [
         f"# Written by `residency-agent egress-rules` from policy {setup.policy.version}.",
         "# /etc/systemd/system/residency-agent.service.d/egress.conf",
@@ -86,13 +91,14 @@ def egress_rules(setup: Setup) -> str:
     ]
     broker = setup.config.broker.host
     wanted = "write IPAddressAllow= with its address here, or name the address instead"
-    lines += _allowed(broker, f"# broker.host: {broker} is a name: {wanted}")
+    lines += _allowed(broker, f"{UNREACHED}broker.host: {broker} is a name: {wanted}")
     for name, endpoint in sorted(setup.policy.endpoints.items()):
         host = endpoint.host
         if endpoint.networks:
             lines += [f"IPAddressAllow={network}" for network in endpoint.networks]
         else:
-            lines += _allowed(host, f"# endpoints.{name}: {host} has no `networks`, so nothing can be allowed for it")
+            why = f"{host} is a name without `networks`, so nothing can be allowed for it"
+            lines += _allowed(host, f"{UNREACHED}endpoints.{name}: {why}")
     return "\n".join(lines)
 
 

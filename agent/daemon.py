@@ -22,7 +22,6 @@ from agent import __version__, boot, journal, status, systemd, vitals, wiring
 from agent.assembly import Setup
 from agent.beacon import Beacon
 from agent.board import Board
-from agent.clock import is_set
 from agent.errors import AgentError, LedgerStalledError
 from agent.intake.intake import Fixes, Intake, Inward
 from agent.intake.line import Line, Numbering
@@ -100,8 +99,11 @@ async def run(setup: Setup) -> int:
 def _make_folder(state: Path) -> None:
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = state.stat().st_uid
     except OSError as exc:
         raise AgentError(f"paths.state: {state}: {exc.strerror}") from exc
+    if os.geteuid() == 0 != owner:  # what root stores there, the agent of the owner could not read
+        raise AgentError(f"paths.state: {state} is of user {owner}: let systemd run the agent, or run it as this user")
 
 
 def first(group: BaseExceptionGroup[E]) -> E:
@@ -124,6 +126,7 @@ async def _assemble(setup: Setup, stack: contextlib.AsyncExitStack, reload: asyn
     stack.push_async_callback(worker.close)
     line = Line(pipeline, worker, Numbering(ledger.sequences()))
     board = Board(reachable=_Reach(line).allows)
+    committer.on_stored(board.offer)
     fixes = Fixes(wiring.fix_readers(setup), pipeline.positions)
     inward = Inward(line=line, committer=committer, fixes=fixes, board=board)
     registration = setup.config.vehicle.registration
@@ -225,8 +228,7 @@ async def _drain(parts: Parts) -> None:
 
 async def _sweep(committer: Committer) -> SweepResult:
     now = boot.moment()
-    time_ns = now.time_ns if is_set(now.time_ns) else None
-    return await committer.sweep(time_ns, monotonic_ns=now.monotonic_ns, boot_id=now.boot_id)
+    return await committer.sweep(now.time_ns, monotonic_ns=now.monotonic_ns, boot_id=now.boot_id)
 
 
 async def _sweep_loop(parts: Parts) -> None:

@@ -7,6 +7,7 @@ what is known of the vehicle is written in. What is written passes `check`.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ def write(folder: Path, wish: Wish) -> list[Path]:
     _check(wish)
     files = {folder / "agent.toml": agent_toml(wish), folder / "policy.toml": policy_toml(wish)}
     for file in files:
-        if file.exists():
+        if os.path.lexists(file):
             raise AgentError(f"{file} is there already and is not overwritten: name another folder, or move it away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,9 @@ def _check(wish: Wish) -> None:
     }
     if wish.registration and wish.registration not in countries:
         raise AgentError(f"registration {wish.registration!r} is a country of none of the chosen regions")
+    for text in (wish.vehicle, wish.state):
+        if not text.isprintable():
+            raise AgentError(f"{text!r}: control characters, or bytes that are no UTF-8, cannot stand in agent.toml")
     if not name_of(wish.vehicle):
         raise AgentError(f"{wish.vehicle!r}: the vehicle's URI must end in its pseudonym, as urn:example:car-7 does")
 
@@ -122,7 +126,7 @@ def agent_toml(wish: Wish) -> str:
 def _set(text: str, key: str, value: str | int) -> str:
     """The text with the first value of a key replaced; what follows it on its line stays."""
     wanted = re.compile(rf'^({key} = )("[^"]*"|\d+)', re.MULTILINE)
-    changed, number = wanted.subn(lambda found: found[1] + json.dumps(value), text, count=1)
+    changed, number = wanted.subn(lambda found: found[1] + json.dumps(value, ensure_ascii=False), text, count=1)
     if number != 1:
         raise AgentError(f"the shipped example has no key {key!r}")
     return changed

@@ -170,3 +170,14 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     expires_ns: int
     sequence: int
     envelope: bytes
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """A held record as far as it is decided about, the envelope left on the disk; `key` is its order of arrival."""
+
+    key: int
+    regions: tuple[str, ...]
+    basis: Basis
+    data_class: str
+    topic: str
+    capture: Capture

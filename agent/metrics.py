@@ -238,7 +238,13 @@ def _intake(content: Mapping[str, Any]) -> Iterator[Metric]:
         "From a message's arrival until its record or refusal was durable.",
         labels=["session"],
     )
+    unasked = CounterMetricFamily(
+        "residency_intake_unasked",
+        "Messages that no filter of the configuration asks for, dropped.",
+        labels=["session"],
+    )
     for name, session in content["sessions"].items():
+        unasked.add_metric([name], session["unasked"])
         up.add_metric([name], int(session["connected"]))
         if session["emptied_seconds"] is not None:
             emptied.add_metric([name], session["emptied_seconds"])
@@ -246,7 +252,7 @@ def _intake(content: Mapping[str, Any]) -> Iterator[Metric]:
     fixes = CounterMetricFamily("residency_fixes", "Position messages; the stale are accepted too.", labels=["result"])
     for result, count in content["fixes"].items():
         fixes.add_metric([result], count)
-    yield from (up, emptied, slow, fixes)
+    yield from (up, emptied, slow, unasked, fixes)
 
 
 def _loops(content: Mapping[str, Any]) -> Iterator[Metric]:

@@ -18,6 +18,7 @@ from agent.messages import (
     Basis,
     Capture,
     Decision,
+    Held,
     Hold,
     Message,
     Priority,
@@ -202,7 +203,7 @@ class Pipeline:
             traceparent=traceparent_or_none(plan.message.property("traceparent")),
         )
 
-    def narrowed(self, record: Record) -> Whereabouts | None:
+    def narrowed(self, record: Record | Held) -> Whereabouts | None:
         """The candidates of a held record as far as is known now, where they are fewer; None where nothing changed.
 
         They must all be among those that it carries: a region that it does not name may be one that an earlier policy
@@ -215,7 +216,7 @@ class Pipeline:
             return None
         return Whereabouts(regions=regions, basis=record.basis)
 
-    def verdict(self, record: Record, whereabouts: Whereabouts) -> Decision:
+    def verdict(self, record: Record | Held, whereabouts: Whereabouts) -> Decision:
         """What the policy says of a stored record with these candidates."""
         return self.policy.again(record, whereabouts, self.identity.registration)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from agent import topics
 from agent.errors import ConfigError, InvalidConfigError
-from agent.messages import Basis, Decision, Hold, Publish, Record, Refuse, Whereabouts
+from agent.messages import Basis, Decision, Held, Hold, Publish, Record, Refuse, Whereabouts
 from agent.payloads.fields import SHORTEST_KEY
 from agent.settings.field_config import field_rules
 from agent.settings.policy_config import DataClass, Endpoint, PolicyConfig, Rule
@@ -116,7 +116,7 @@ class Policy:
             return Hold(reason="region.doubt")
         return Refuse(reason="region.not-permitted")
 
-    def again(self, record: Record, whereabouts: Whereabouts, registration: str = "") -> Decision:
+    def again(self, record: Record | Held, whereabouts: Whereabouts, registration: str = "") -> Decision:
         """Decide about a stored record, perhaps one of an earlier policy; `whereabouts`: its regions, or fewer.
 
         It keeps the class that it carries, and that one's order of endpoints. Where the rule of its topic now gives

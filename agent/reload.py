@@ -124,7 +124,7 @@ class Reloader:
             if left:
                 await asyncio.sleep(PAUSE_SECONDS)
                 continue
-            self._inward.fixes.arrived.set()  # what is held now may be settled by fixes that are known already
+            self._inward.fixes.look_again()  # what is held now may be settled by fixes that are known already
             log.info("reload.reviewed", extra={"changed": changed})
             if self.setup.digest == digest:
                 self._due.clear()

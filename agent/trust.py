@@ -83,7 +83,13 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401 - argparse has no public 
     parser.add_argument("--generate", action="store_true", help="make KEY first, and KEY.pub for [trust] keys_file")
     parser.add_argument("--as", dest="kind", choices=[kind.name.lower() for kind in Kind], help="where the name lies")
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
-    parser.set_defaults(run=_sign)
+
+    def run(arguments: argparse.Namespace) -> int:
+        if not (arguments.generate or arguments.files):
+            parser.error("nothing to do: name a FILE to sign, or --generate to make the key")
+        return _sign(arguments)
+
+    parser.set_defaults(run=run)
 
 
 def _sign(arguments: argparse.Namespace) -> int:

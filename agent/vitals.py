@@ -44,6 +44,7 @@ def of_intakes(intakes: Mapping[str, Intake]) -> dict[str, Any]:
             "emptied_seconds": None if intake.alive_ns is None else (now_ns - intake.alive_ns) / SECOND,
             "turned_seconds": time.monotonic() - intake.turned,
             "durable_seconds": intake.durable.as_dict(),
+            "unasked": intake.unasked,
         }
         for name, intake in intakes.items()
     }

@@ -87,8 +87,6 @@ class Bench:
     async def store(self, numbers, **fields):
         records = [record(number, **fields) for number in numbers]
         await asyncio.gather(*(self.committer.submit(Store(record=one)) for one in records))
-        for one in records:
-            self.board.wake(one.route)
 
     def options_of(self, name):
         session = Session(host="127.0.0.1", port=self.ports[name], client_id=f"car-{name}", keepalive_s=30)
@@ -142,6 +140,7 @@ async def bench(ports, company_s=1.0, **options):
     ledger = Ledger.open(folder / "ledger.db", LedgerLimits(reserve_bytes=65536))
     async with Committer(ledger, CommitOptions(max_delay_s=0.001, company_s=company_s)) as committer:
         made = Bench(committer, Board(), policy_of(*ports), ports, options)
+        committer.on_stored(made.board.offer)
         try:
             yield made
         finally:

@@ -11,7 +11,8 @@ import struct
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, SUBACK, PINGREQ, PINGRESP, DISCONNECT = 1, 2, 3, 4, 8, 9, 12, 13, 14
+CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, SUBACK, UNSUBSCRIBE, UNSUBACK = 1, 2, 3, 4, 8, 9, 10, 11
+PINGREQ, PINGRESP, DISCONNECT = 12, 13, 14
 RECEIVE_MAXIMUM, MAXIMUM_PACKET, SERVER_REFERENCE, MAXIMUM_QOS, SERVER_KEEP_ALIVE = 0x21, 0x27, 0x1C, 0x24, 0x13
 SIZES = {0x01: 1, 0x02: 4, 0x11: 4, 0x13: 2, 0x21: 2, 0x22: 2, 0x23: 2, 0x24: 1, 0x27: 4}
 TEXTS = (0x03, 0x08, 0x1C)
@@ -115,6 +116,7 @@ class Session:
     keepalive: int = 0
     connect: dict = field(default_factory=dict)
     filters: list = field(default_factory=list)
+    ended_filters: list = field(default_factory=list)
     published: list = field(default_factory=list)
     acked: list = field(default_factory=list)
     pings: int = 0
@@ -199,6 +201,8 @@ class Session:
             self.broker.on_puback(self)
         elif kind == SUBSCRIBE:
             self._on_subscribe(body)
+        elif kind == UNSUBSCRIBE:
+            self._on_unsubscribe(body)
         elif kind == PINGREQ:
             self.pings += 1
             self.send(packet(PINGRESP, b""))
@@ -242,6 +246,16 @@ class Session:
         self.send(packet(SUBACK, mid + (b"\0" if self.version == 5 else b"") + granted))
         self.broker.news.set()
 
+    def _on_unsubscribe(self, body):
+        mid = body.take(2)
+        if self.version == 5:
+            body.properties()
+        codes = b""
+        while body.rest:
+            self.ended_filters.append(body.text().decode())
+            codes += bytes([self.broker.unsuback])
+        self.send(packet(UNSUBACK, mid + (b"\0" + codes if self.version == 5 else b"")))
+
 
 class FakeBroker:
     """Accepts everything, until a test says otherwise."""
@@ -253,6 +267,7 @@ class FakeBroker:
         self.connack = 0
         self.connack_properties = {}
         self.session_present = 0
+        self.unsuback = 0
         self.segment = None
         self.bytes_per_s = None
         self.sessions = []

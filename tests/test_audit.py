@@ -3,8 +3,6 @@ import itertools
 import json
 import shutil
 import sqlite3
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -316,16 +314,6 @@ def test_command_prints_the_rows_and_the_verdict(path, capsys):
     tampered(path, "DELETE FROM audit WHERE first = 2")
     assert command("verify", path) == 1
     assert "NOT INTACT" in capsys.readouterr().out
-
-
-def test_reader_that_has_seen_enough_ends_the_export_quietly(path):
-    written(path, rows=2000)
-    command = [sys.executable, "-m", "agent", "audit", "export", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.readline()
-        process.stdout.close()
-        told = process.stderr.read()
-    assert (process.returncode, told) == (0, b"")
 
 
 def test_command_leaves_nothing_beside_a_file_that_is_no_ledger(path):

@@ -3,10 +3,13 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
+import ledger_samples
 import pytest
 
 from agent import __main__ as command_line
@@ -17,6 +20,7 @@ from agent.store.entries import LedgerLimits
 from agent.store.ledger import Ledger
 
 ROOT = Path(__file__).parent.parent
+NOBODY = 65_534
 AGENT = """
 [vehicle]
 source = "urn:example:1"
@@ -254,12 +258,31 @@ def test_state_folder_that_cannot_be_made_is_named(files, capsys):
     assert f"paths.state: {files / 'policy.toml'}: File exists" in capsys.readouterr().err
 
 
+def test_root_stores_nothing_that_the_owner_of_the_state_folder_could_not_read(files, capsys, monkeypatch):
+    state = files / "state"
+    state.mkdir()
+    if os.geteuid() == 0:
+        os.chown(state, NOBODY, NOBODY)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert command_line.main(["run", str(files / "agent.toml")]) == 1
+    assert f"paths.state: {state} is of user {state.stat().st_uid}" in capsys.readouterr().err
+    assert list(state.iterdir()) == []
+
+
 def test_egress_rules_allow_the_networks_of_the_policy_and_nothing_else(files):
     lines = commands.egress_rules(assembly.load(files / "agent.toml")).splitlines()
     allowed = {line.removeprefix("IPAddressAllow=") for line in lines if line.startswith("IPAddressAllow=")}
     assert allowed == {"localhost", "192.0.2.0/24", "2001:db8::/32", "198.51.100.7"}
     assert "IPAddressDeny=any" in lines
-    assert any("mqtt.example.com has no `networks`" in line for line in lines)
+    assert "# not reached: endpoints.eu: mqtt.example.com is a name without `networks`" in "\n".join(lines)
+
+
+def test_egress_rules_tell_a_person_what_they_do_not_let_through(files, capsys):
+    assert command_line.main(["egress-rules", str(files / "agent.toml")]) == 0
+    printed = capsys.readouterr()
+    (told,) = printed.err.splitlines()
+    assert told.startswith("warning: not reached: endpoints.eu: mqtt.example.com is a name without `networks`")
+    assert "warning" not in printed.out
 
 
 @pytest.mark.parametrize(
@@ -267,7 +290,7 @@ def test_egress_rules_allow_the_networks_of_the_policy_and_nothing_else(files):
     [
         ("192.168.5.1", "IPAddressAllow=192.168.5.1"),
         ("fd00::1", "IPAddressAllow=fd00::1"),
-        ("broker.lan", "# broker.host: broker.lan is a name: write IPAddressAllow= with its address here"),
+        ("broker.lan", "# not reached: broker.host: broker.lan is a name: write IPAddressAllow= with its address here"),
         ("localhost", ""),
         ("::1", ""),
     ],
@@ -299,7 +322,7 @@ def test_no_name_of_the_policy_becomes_a_line_of_the_units(files, old, new, key)
 
 def test_status_of_an_agent_that_never_ran_is_a_clear_error(files, capsys):
     assert command_line.main(["status", str(files / "agent.toml")]) == 1
-    assert "ledger.sqlite" in capsys.readouterr().err
+    assert "ledger.sqlite: there is no ledger" in capsys.readouterr().err
 
 
 def test_status_of_a_stopped_agent_shows_its_counters(files, capsys):
@@ -334,6 +357,51 @@ def test_asyncapi_and_reference_are_printed(capsys):
     assert '"asyncapi": "3.0.0"' in capsys.readouterr().out
     assert command_line.main(["reference"]) == 0
     assert "| `rules[].class` |" in capsys.readouterr().out
+
+
+UNREAD, INTERRUPTED = 141, 130  # as a shell says it
+
+
+def called(words, **streams):
+    """The status of a command and what it said on standard error, its output going where `streams` says."""
+    command = [sys.executable, "-m", "agent", *words]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **streams)
+    return result.returncode, result.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("command", ["check", "status", "audit"])
+def test_reader_that_has_seen_enough_ends_a_command_quietly(files, command, unbuffered):
+    ledger = files / "state" / "ledger.sqlite"
+    ledger.parent.mkdir()
+    with closing(ledger_samples.opened(ledger)) as opened:
+        opened.commit([ledger_samples.store(1)])
+    words = ["audit", "export", str(ledger)] if command == "audit" else [command, str(files / "agent.toml")]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as stdout:
+        status, told = called(words, stdout=stdout, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    assert (status, told) == (UNREAD, "")
+
+
+def test_output_that_cannot_be_written_is_a_failure(files):
+    with Path("/dev/full").open("wb") as full:
+        status, told = called(["egress-rules", str(files / "agent.toml")], stdout=full)
+    assert (status, told) == (1, "residency-agent: the output: No space left on device\n")
+
+
+def test_ctrl_c_ends_a_command_quietly(files, patience):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        change(files / "agent.toml", "[intake]", f"[broker]\nport = {port}\n[intake]")
+        command = [sys.executable, "-m", "agent", "doctor", str(files / "agent.toml")]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as doctor:
+            silent.settimeout(patience)
+            connection, _ = silent.accept()
+            with connection:
+                doctor.send_signal(signal.SIGINT)
+                _, told = doctor.communicate(timeout=patience)
+    assert (doctor.returncode, told) == (INTERRUPTED, "")
 
 
 def test_program_explains_itself():

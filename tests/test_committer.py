@@ -45,7 +45,7 @@ class Disk:
             self.loop.call_soon_threadsafe(self.refused.set)
             raise error
         self.transactions.append(len(entries))
-        self._commit(entries)
+        return self._commit(entries)
 
 
 async def test_submitted_entry_is_durable_when_submit_returns(ledger):
@@ -61,6 +61,25 @@ async def test_entries_of_many_submitters_share_few_transactions_in_order(ledger
         assert disk.transactions == [50, 50, 50, 50]
         spooled = await committer.call(lambda ledger: ledger.pending("cn", limit=1000))
     assert numbers(spooled) == list(range(200))
+
+
+async def test_stored_records_are_told_of_in_order_and_before_a_later_read_shows_them(ledger):
+    told, reads = [], []
+
+    async def read(committer):
+        rows = await committer.call(lambda ledger: ledger.pending("cn", limit=1000))
+        reads.append(numbers(rows))
+        assert {row.record.id for row in rows} <= set(told)
+
+    async with Committer(ledger, CommitOptions(max_entries=7, max_delay_s=0.001)) as committer:
+        committer.on_stored(lambda record: told.append(record.id))
+        async with asyncio.TaskGroup() as group:
+            for number in range(100):
+                group.create_task(committer.submit(store(number)))
+                group.create_task(read(committer))
+                await asyncio.sleep(0)
+    assert told == [record(number).id for number in range(100)]
+    assert any(0 < len(found) < 100 for found in reads)
 
 
 async def test_lone_entry_waits_no_longer_than_the_delay(ledger):

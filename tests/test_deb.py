@@ -103,6 +103,14 @@ def test_date_is_the_last_commits_where_nobody_says_one(monkeypatch):
     assert deb.source_date_epoch(ROOT) == int(found.stdout)
 
 
+def test_date_is_a_files_where_there_is_no_git(tmp_path, monkeypatch):
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    (tmp_path / "pyproject.toml").write_text("")
+    os.utime(tmp_path / "pyproject.toml", (1_790_000_000, 1_790_000_000))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert deb.source_date_epoch(tmp_path) == 1_790_000_000
+
+
 def test_failing_program_is_named_with_what_it_said():
     with pytest.raises(PackagingError, match="no-such-program is not installed"):
         deb._run(["no-such-program"])

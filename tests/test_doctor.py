@@ -9,6 +9,7 @@ import stat
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -149,6 +150,23 @@ def test_disk_that_cannot_be_written_is_a_finding(setup, monkeypatch):
     assert "can be written" in found.advice
 
 
+def test_file_that_a_running_agent_has_done_with_meanwhile_is_no_finding(setup, monkeypatch):
+    picture = Path(setup.config.paths.state) / "picture"
+    picture.parent.mkdir()
+    picture.write_bytes(b"x")
+    real = Path.stat
+
+    def delivered(path, **options):
+        known = real(path, **options)
+        if path == picture:
+            picture.unlink()
+        return known
+
+    monkeypatch.setattr(Path, "stat", delivered)
+    assert machine.disk(setup).advice == ""
+    assert not picture.exists()
+
+
 def test_disk_without_the_promised_room_is_a_finding(setup):
     found = machine.disk(configured(setup, limits={"ledger_bytes": 1 << 60}))
     assert "limits.ledger_bytes promises" in found.advice
@@ -221,7 +239,7 @@ def test_secrets_of_endpoints_are_looked_at_as_well(setup, tmp_path):
 def test_credential_that_only_systemd_gives_says_so(setup):
     given = configured(setup, signing={"key_file": "/run/credentials/residency-agent.service/signing-key"})
     (found,) = machine.permissions(given)
-    assert "LoadCredential=" in found.advice
+    assert "put it into /etc/residency-agent/keys, start the unit" in found.advice
 
 
 def test_credential_that_systemd_gives_by_an_acl_is_fine(setup, tmp_path, monkeypatch):

@@ -3,12 +3,23 @@
 import asyncio
 import time
 
-from endpoints import bench, number_of
+import pytest
+from endpoints import bench, number_of, record
 from fake_broker import fake_broker
+from msgspec.structs import replace
 
+from agent import boot
+from agent.messages import Capture
+from agent.store.entries import Store
 from agent.uplink import flights
 
+SECOND = 10**9
 YEAR_NS = 365 * 86_400 * 10**9
+
+
+def expiries(endpoint):
+    """Message Expiry by the number of the record."""
+    return {number_of(publish.payload): publish.properties[0x02] for publish in endpoint.published}
 
 
 async def test_clock_that_jumps_by_years_stops_no_delivery(patience, monkeypatch):
@@ -26,10 +37,39 @@ async def test_expiry_on_the_wire_stays_a_valid_number_after_a_jump_back(patienc
     true = time.time_ns
     async with asyncio.timeout(patience), fake_broker() as endpoint, bench({"a": endpoint.port}) as it:
         await it.store([1])
-        monkeypatch.setattr(time, "time_ns", lambda: true() - 200 * YEAR_NS)
+        await it.store([2], ttl_ns=200 * YEAR_NS)
+        monkeypatch.setattr(time, "time_ns", lambda: true() - 50 * YEAR_NS)
         it.start()
-        await endpoint.until(lambda: endpoint.published)
-        assert endpoint.published[0].properties[0x02] == 0xFFFF_FFFF
+        await it.until(lambda: it.counts.delivered == 2)
+        assert expiries(endpoint) == {1: 3600, 2: 0xFFFF_FFFF}
+
+
+@pytest.mark.parametrize("years", [-56, -1, 0, 3])
+async def test_expiry_of_a_record_of_this_boot_is_what_is_left_whatever_the_wall_clock_says(
+    patience, monkeypatch, years
+):
+    true = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: true() + years * YEAR_NS)
+    arrived = {"monotonic_ns": boot.boot_ns() - 60 * SECOND, "doubt_ns": 20 * SECOND, "boot_id": boot.boot_id()}
+    capture = Capture(time_ns=time.time_ns() - 40 * SECOND, **arrived)
+    made = replace(record(1), capture=capture, recorded_ns=capture.time_ns, expires_ns=capture.time_ns + 3600 * SECOND)
+    async with asyncio.timeout(patience), fake_broker() as endpoint, bench({"a": endpoint.port}) as it:
+        await it.committer.submit(Store(record=made))
+        monkeypatch.setattr(time, "time_ns", true)
+        it.start()
+        await it.until(lambda: it.counts.delivered == 1)
+        assert 3500 < expiries(endpoint)[1] <= (3560 if years <= 0 else 3600)
+
+
+async def test_record_of_an_earlier_boot_keeps_all_its_time_while_the_clock_is_not_set(patience, monkeypatch):
+    true = time.time_ns
+    async with asyncio.timeout(patience), fake_broker() as endpoint, bench({"a": endpoint.port}) as it:
+        await it.store([1])
+        monkeypatch.setattr(time, "time_ns", lambda: true() % YEAR_NS)
+        await it.store([2])
+        it.start()
+        await it.until(lambda: it.counts.delivered == 2)
+        assert expiries(endpoint) == {1: 3600, 2: 3600}
 
 
 async def test_memory_in_flight_is_bounded_in_bytes(patience, monkeypatch):

@@ -1,5 +1,6 @@
 """`init`: what it writes passes `check`, whatever regions are chosen."""
 
+import errno
 import itertools
 import os
 import random
@@ -98,6 +99,8 @@ def test_file_that_is_there_is_not_overwritten_and_nothing_is_written_beside_it(
         ({"regions": ("cn", "cn")}, "each region once, not cn,cn"),
         ({"registration": "DE"}, "'DE' is a country of none"),
         ({"vehicle": "urn:example:"}, "pseudonym"),
+        ({"vehicle": "urn:example:car\n7"}, "control characters"),
+        ({"state": "state\udcff"}, "no UTF-8"),
     ],
 )
 def test_wish_that_is_no_good_is_refused_before_anything_is_written(tmp_path, wish, told):
@@ -105,6 +108,25 @@ def test_wish_that_is_no_good_is_refused_before_anything_is_written(tmp_path, wi
     with pytest.raises(AgentError, match=told):
         write(tmp_path / "new", Wish(**given))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("state", ["state \U0001f697", "zustand über alles"])
+def test_words_that_are_not_ascii_stand_in_the_file(tmp_path, state):
+    assert loaded(tmp_path, state=state).config.paths.state == str(tmp_path / state)
+
+
+def test_folder_that_may_not_be_looked_into_is_a_clear_error(tmp_path, monkeypatch):
+    real = Path.stat
+
+    def denied(path, **options):
+        if not path.is_relative_to(tmp_path):
+            return real(path, **options)
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "stat", denied)
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(AgentError, match=f"{tmp_path}: Permission denied"):
+        loaded(tmp_path)
 
 
 def test_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
@@ -133,6 +155,10 @@ def test_command_writes_what_it_says(tmp_path, capsys):
         ["--endpoint", "cn="],
         ["--endpoint", "cn=127.0.0.1:99999"],
         ["--broker", "localhost:0"],
+        ["--broker", "127.0.0.1:"],
+        ["--broker", ":1883"],
+        ["--endpoint", "cn=mqtt.cn.example.com:mqtt"],
+        ["--endpoint", "cn=one two"],
     ],
 )
 def test_address_that_is_none_is_wrong_usage(tmp_path, words):

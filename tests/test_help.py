@@ -3,6 +3,8 @@
 import argparse
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -84,3 +86,27 @@ def test_commands_of_the_agent_are_all_here():
         "sign",
         "reference",
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "missing", "extra"),
+    [
+        (["demo"], "rich", "demo"),
+        (["verify", "drive.mcap"], "mcap", "tools"),
+        (["listen", "--help"], "foxglove_schemas_protobuf", "tools"),
+        (["train", "network", "data", "--folder", "run"], "torch", "train"),
+        (["package", "dist"], "hatchling", "package"),
+    ],
+)
+def test_command_says_which_extra_has_the_library_that_is_not_installed(words, missing, extra):
+    script = f"import sys; sys.modules[{missing!r}] = None; from tools.__main__ import main; sys.exit(main({words!r}))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    told = f"residency-tools {words[0]}: {missing} is not installed: pip install 'residency-agent[{extra}]'\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", told)
+
+
+def test_missing_module_of_our_own_is_a_mistake_that_shows_where():
+    script = "import sys; sys.modules['tools.demo_report'] = None; from tools.__main__ import main; main(['demo'])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr

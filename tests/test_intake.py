@@ -1,22 +1,27 @@
 import asyncio
+import json
 import shutil
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from endpoints import record
 from fake_broker import PUBLISH, fake_broker, packet, text
 from ledger_samples import in_memory
+from msgspec import structs
 
 from agent.board import Board
 from agent.boot import boot_ns
 from agent.errors import LedgerCorruptError
 from agent.intake import intake
-from agent.intake.intake import Fixes, Intake, IntakeOptions, Inward
+from agent.intake.intake import NEVER_NS, Fixes, Intake, IntakeOptions, Inward
 from agent.intake.turns import Turns
 from agent.intake.waiting import FOREVER_NS
+from agent.messages import State
 from agent.mqtt import backoff
-from agent.mqtt.packets import Session
+from agent.mqtt.connection import Connection
+from agent.mqtt.packets import Outgoing, Session
 from agent.places.positions import PositionHistory
 from agent.store.committer import CommitOptions, Committer
 from agent.store.entries import LedgerLimits, Refused, Store
@@ -43,7 +48,10 @@ class Line:
             await self.gates[message.payload].wait()
         if message.payload == b"refuse":
             return Refused(reason="test", time_ns=1, intake=key)
-        return Store(record=record(len(self.seen)), intake=key)
+        stored = record(len(self.seen))
+        if message.payload == b"held":
+            stored = structs.replace(stored, state=State.HELD, route=())
+        return Store(record=stored, intake=key)
 
     @property
     def payloads(self):
@@ -71,15 +79,15 @@ async def broker():
 
 
 @asynccontextmanager
-async def taking(port, *, alive_ns=None, name="telemetry", line=None, **session):
-    """An intake at work: (intake, line, committer)."""
-    folder, line = in_memory(), line or Line()
+async def taking(port, *, alive_ns=None, name="telemetry", line=None, outgoing=("vehicle/#",), kept=None, **session):
+    """An intake at work: (intake, line, committer). `kept`: the folder of its ledger, which stays."""
+    folder, line = kept or in_memory(), line or Line()
     ledger = Ledger.open(folder / "ledger.db", LedgerLimits(reserve_bytes=65536))
     async with Committer(ledger, CommitOptions(max_delay_s=0.001)) as committer:
         inward = Inward(line=line, committer=committer, fixes=Fixes([], PositionHistory()), board=Board())
         defaults = {"clean_start": False, "session_expiry_s": 600, "receive_maximum": 16}
         settings = Session(host="127.0.0.1", port=port, client_id=f"agent-{name}", **defaults | session)
-        made = Intake(IntakeOptions(name=name, session=settings, outgoing=("vehicle/#",)), inward, alive_ns)
+        made = Intake(IntakeOptions(name=name, session=settings, outgoing=outgoing), inward, alive_ns)
         task = made.task = asyncio.create_task(made.run_loop())
         try:
             yield made, line, committer
@@ -87,7 +95,8 @@ async def taking(port, *, alive_ns=None, name="telemetry", line=None, **session)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
     ledger.close()
-    shutil.rmtree(folder)
+    if not kept:
+        shutil.rmtree(folder)
 
 
 def own_acks(broker, session=None):
@@ -152,6 +161,19 @@ async def test_window_is_announced_and_a_refusal_is_acknowledged_too(broker, pat
         session.deliver(TOPIC, b"refuse", mid=1)
         await broker.until(lambda: own_acks(broker) == [1])
         assert committer.ledger.counts().refused == 1
+
+
+async def test_record_that_is_held_is_looked_at_again_once_it_is_durable(broker, patience):
+    async with asyncio.timeout(patience), taking(broker.port) as (made, _, committer):
+        session, fixes = await subscribed(broker), made._inward.fixes
+        fixes.taken()  # a pass, and what it found, before the record was there
+        session.deliver(TOPIC, b"80", mid=1)
+        await broker.until(lambda: own_acks(broker) == [1])
+        assert (fixes.arrived.is_set(), fixes.taken()) == (False, NEVER_NS)
+        session.deliver(TOPIC, b"held", mid=2)
+        await fixes.arrived.wait()
+        assert committer.ledger.counts().held == 1
+        assert fixes.taken() == record(2).capture.monotonic_ns
 
 
 async def test_message_beyond_the_window_waits_in_the_socket_and_is_not_lost(broker, patience):
@@ -296,14 +318,11 @@ async def until(condition):
 @asynccontextmanager
 async def sender(broker, protocol="5"):
     """`await publish(payload, **fields)`: QoS 1, returns with the PUBACK."""
-    from agent.mqtt.connection import Connection  # noqa: PLC0415
-    from agent.mqtt.packets import Outgoing  # noqa: PLC0415
-
     connection = Connection(Session(host=broker.host, port=broker.port, client_id="sender", protocol=protocol))
     await connection.open()
 
-    async def publish(payload, **fields):
-        assert (await connection.publish(Outgoing(topic=TOPIC, payload=payload, **fields))).accepted
+    async def publish(payload, topic=TOPIC, **fields):
+        assert (await connection.publish(Outgoing(topic=topic, payload=payload, **fields))).accepted
 
     try:
         yield publish
@@ -331,6 +350,70 @@ async def test_messages_are_kept_by_the_broker_while_the_agent_is_away(patience)
         async with taking(real.port) as (made, line, committer):
             await until(lambda: committer.ledger.counts().received == 20)
             assert [message.wait_ns for message in line.seen] == [FOREVER_NS] * 20
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_filters_that_are_no_longer_configured_are_unsubscribed(tmp_path, patience, caplog, protocol):
+    caplog.set_level("INFO")
+    async with asyncio.timeout(patience), mosquitto() as real, sender(real) as publish:
+
+        def configured(*outgoing):
+            caplog.clear()
+            return taking(real.port, outgoing=outgoing, kept=tmp_path, protocol=protocol)
+
+        async with configured("vehicle/#", "door/+") as (made, _, _committer):
+            await until(lambda: made.connected)
+        for number in range(3):
+            await publish(b"%d" % number)
+        async with configured("car/#", "door/+") as (made, line, committer):
+            await until(lambda: made.connected)
+            assert made.unasked == 3, "what the broker had kept for the old filter"
+            await publish(b"old")
+            await publish(b"new", "car/speed")
+            await until(lambda: committer.ledger.counts().received)
+            assert (line.payloads, made.unasked) == ([b"new"], 3)
+            assert [caplog.messages.count(event) for event in ("intake.unasked", "intake.unsubscribed")] == [1, 1]
+        async with configured("car/#", "door/+") as (made, line, _):
+            await until(lambda: made.connected)
+            await publish(b"open", "door/1")
+            await until(lambda: line.payloads == [b"open"])
+            assert "intake.unsubscribed" not in caplog.messages
+
+
+@pytest.mark.parametrize("answers", [(0, 0), (1, 0), (1, 0x11), (1, 0x87)])
+async def test_filter_is_noted_before_it_is_subscribed_and_until_the_broker_has_ended_it(
+    broker, tmp_path, patience, monkeypatch, answers
+):
+    present, code = answers  # whether the session is, and what becomes of the filter
+
+    def noted():
+        return json.loads(committer.ledger.meta("subscribed.telemetry") or "[]")
+
+    async def subscribe(connection, filters, real=Connection.subscribe):
+        assert set(filters) <= set(noted())
+        await real(connection, filters)
+
+    monkeypatch.setattr(Connection, "subscribe", subscribe)
+    old, new, marker = "vehicle/#", "car/#", "residency-agent/agent-telemetry/marker"
+    async with asyncio.timeout(patience):
+        async with taking(broker.port, outgoing=(old,), kept=tmp_path) as (made, _, committer):
+            await broker.until(lambda: made.connected)
+            assert noted() == [marker, old]
+        broker.session_present, broker.unsuback = present, code
+        async with taking(broker.port, outgoing=(new,), kept=tmp_path) as (made, _, committer):
+            await broker.until(lambda: made.connected)
+            assert broker.session.ended_filters == [old] * present
+            assert noted() == sorted([new, marker, *[old] * (code == 0x87)])
+
+
+async def test_fix_and_marker_are_not_unasked(broker, patience):
+    async with asyncio.timeout(patience), taking(broker.port, outgoing=(TOPIC,)) as (made, _, _committer):
+        made._options = replace(made._options, fixes=("car/gnss",))
+        session = await subscribed(broker)
+        for mid, topic in enumerate(("car/gnss", TOPIC, "car/door"), 1):
+            session.deliver(topic, b"{}", mid=mid)
+        await broker.until(lambda: own_acks(broker) == [1, 2, 3])
+        assert made.unasked == 1
 
 
 async def test_broker_that_denies_the_marker_is_reported(broker, patience, caplog):

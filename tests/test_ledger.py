@@ -6,11 +6,23 @@ import pytest
 from ledger_samples import MODEL, NOW, SECOND, delivered, in_memory, numbers, opened, record, refused, store
 from msgspec.structs import replace
 
-from agent.clock import Moment
+from agent.clock import IS_SET_NS, Moment
 from agent.errors import LedgerError
-from agent.messages import Priority, Redaction, State
+from agent.intake.intake import EVER_NS, NEVER_NS
+from agent.messages import Capture, Priority, Redaction, State
 from agent.store import books
-from agent.store.entries import IntakeKey, Noted, Redecided, Rejected, Released, SessionReset, Store, Withdrawn
+from agent.store.audit_cli import export, verify
+from agent.store.entries import (
+    IntakeKey,
+    Noted,
+    Redecided,
+    Rejected,
+    Released,
+    SessionReset,
+    Store,
+    SweepResult,
+    Withdrawn,
+)
 from agent.store.ledger import Ledger
 
 
@@ -178,17 +190,48 @@ def test_record_whose_state_contradicts_its_route_is_not_stored(ledger):
     assert ledger.counts().received == 0
 
 
+def test_held_records_of_another_boot_or_captured_before_a_moment_are_left_out(ledger):
+    moments = (("boot", 50), ("boot", -9), ("another", 50), ("boot", 49))  # a capture may lie before the boot
+    for number, (boot, moment_ns) in enumerate(moments, 1):
+        capture = replace(record(number).capture, monotonic_ns=moment_ns, boot_id=boot)
+        ledger.commit([Store(record=replace(record(number, route=()), capture=capture))])
+    found = {
+        since_ns: [held.capture.monotonic_ns for held in ledger.held(boot_id="boot", since_ns=since_ns, limit=5)]
+        for since_ns in (EVER_NS, 49, 50, NEVER_NS)
+    }
+    assert found == {EVER_NS: [50, -9, 49], 49: [50, 49], 50: [50], NEVER_NS: []}
+
+
+def test_keyed_records_are_read_up_to_a_number_of_bytes_but_one_at_least(ledger):
+    ledger.commit([Store(record=record(number, size=100)) for number in (1, 2, 3)])
+    keys = [row.key for row in ledger.spooled(limit=5)]
+    assert numbers(ledger.keyed(keys, max_bytes=200)) == [1, 2]
+    assert numbers(ledger.keyed(keys[1:], max_bytes=1)) == [2]
+    ledger.commit([delivered(1)])
+    assert numbers(ledger.keyed(keys)) == [2, 3]
+
+
 def test_held_record_becomes_pending_with_narrowed_regions_and_a_new_envelope(ledger):
     held = record(1, route=(), regions=("cn", "hk"))
     ledger.commit([Store(record=held)])
-    assert numbers(ledger.held(limit=5)) == [1]
+    (found,) = ledger.held(boot_id=held.capture.boot_id, since_ns=0, limit=5)
+    assert (found.regions, found.basis, found.capture) == (held.regions, held.basis, held.capture)
+    assert (found.topic, found.data_class) == (held.topic, held.data_class)
+    assert [row.record for row in ledger.keyed([found.key])] == [held]
     released = replace(held, state=State.PENDING, route=("hk",), regions=("hk",), envelope=b"new", sequence=9)
     ledger.commit([Released(record=released, time_ns=NOW)])
-    assert ledger.held(limit=5) == []
+    assert ledger.held(boot_id=held.capture.boot_id, since_ns=0, limit=5) == []
     assert [item.record for item in ledger.pending("hk", limit=5)] == [released]
     assert ledger.counts().breakdown["pending"]["region"] == {"hk": 1}
     assert ledger.counts().conserved
     assert ledger.sequences() == {"cn,hk": 1, "hk": 9}
+
+
+def test_commit_names_the_records_that_it_leaves_in_the_car_as_they_came(ledger):
+    held, gone = store(1, route=()), store(2)
+    settled = replace(held.record, state=State.PENDING, route=("cn",), envelope=b"new")
+    stored = [held, gone, store(3), Released(record=settled, time_ns=NOW), delivered(2)]
+    assert ledger.commit(stored) == [record(3)]
 
 
 def test_regions_are_never_widened_and_the_capture_never_changes(ledger):
@@ -243,8 +286,8 @@ def reopened_after_crash(path):
 def test_redelivery_that_is_recorded_already_is_ignored_also_within_one_transaction(ledger):
     first = store(1, mid=5)
     again = replace(first, record=record(2), intake=replace(first.intake, redelivered=True))
-    ledger.commit([first, again])
-    ledger.commit([again, refused(intake=again.intake)])
+    assert ledger.commit([first, again]) == [first.record]
+    assert ledger.commit([again, refused(intake=again.intake)]) == []
     assert ledger.counts().received == 1
     other = replace(again, intake=replace(again.intake, digest=b"another message, same packet identifier"))
     ledger.commit([other])
@@ -356,8 +399,8 @@ def test_records_expire_at_their_time_and_not_while_the_clock_is_not_trusted(led
 def test_wall_clock_that_jumps_ahead_by_years_ends_nothing_of_this_boot(ledger):
     ledger.commit([store(1, ttl=10), store(2, ttl=1000)])
     later = NOW + 9 * 365 * 86_400 * SECOND
-    assert ledger.sweep(later, monotonic_ns=10 * SECOND, boot_id="boot").expired == 0
-    assert ledger.sweep(later, monotonic_ns=10 * SECOND + 1, boot_id="boot").expired == 1
+    assert ledger.sweep(later, monotonic_ns=10 * SECOND + 5, boot_id="boot").expired == 0
+    assert ledger.sweep(later, monotonic_ns=10 * SECOND + 6, boot_id="boot").expired == 1
     assert ledger.sweep(later, monotonic_ns=11 * SECOND, boot_id="another boot").expired == 1
     assert ledger.counts().conserved
 
@@ -368,12 +411,69 @@ def test_what_a_sweep_would_expire_is_offered_to_no_endpoint(ledger):
         (10, 0, "", [3, 1, 2]),
         (11, 0, "", [2]),
         (11, 10 * SECOND, "boot", [3, 1, 2]),
-        (11, 10 * SECOND + 2, "boot", [3, 2]),
-        (11, 10 * SECOND + 3, "boot", [2]),
+        (11, 10 * SECOND + 7, "boot", [3, 2]),
+        (11, 10 * SECOND + 8, "boot", [2]),
     ):
         now = Moment(time_ns=NOW + seconds * SECOND, monotonic_ns=monotonic_ns, boot_id=boot_id)
         assert numbers(ledger.pending("cn", limit=10, now=now)) == offered
     assert ledger.sweep(now.time_ns, monotonic_ns=now.monotonic_ns, boot_id=now.boot_id).expired == 2
+
+
+def undated(number, *, ttl=10, boot_id="boot", doubt_s=5, **fields):
+    """A record of a message that arrived 100 s after the boot, while the clock said 1970."""
+    capture = Capture(
+        time_ns=60 * SECOND, monotonic_ns=(100 - doubt_s) * SECOND, doubt_ns=doubt_s * SECOND, boot_id=boot_id
+    )
+    times = {"recorded_ns": 61 * SECOND, "expires_ns": (61 + ttl) * SECOND, "capture": capture}
+    return Store(record=replace(record(number, **fields), **times))
+
+
+@pytest.mark.parametrize("doubt_s", [5, 366 * 86_400])
+def test_record_made_before_the_clock_was_set_is_dated_by_its_age_when_it_is_set(ledger, doubt_s):
+    made = undated(1, doubt_s=doubt_s)
+    ledger.commit([made, undated(2, doubt_s=doubt_s, route=())])
+    unset, then = 1000 * SECOND, {"monotonic_ns": 103 * SECOND, "boot_id": "boot"}
+    for now_ns in (None, unset):
+        assert ledger.sweep(now_ns, **then) == SweepResult()
+    for now_ns in (unset, NOW):
+        now = Moment(time_ns=now_ns, **then)
+        assert [one.record for one in ledger.pending("cn", limit=10, now=now)] == [made.record]
+    assert ledger.sweep(NOW, **then).expired == 0
+    dated = replace(made.record, recorded_ns=NOW - 3 * SECOND, expires_ns=NOW + 7 * SECOND)
+    assert [one.record for one in ledger.pending("cn", limit=10, now=now)] == [dated]
+    assert ledger.sweep(NOW + 7 * SECOND - 1, monotonic_ns=200 * SECOND, boot_id="next").expired == 0
+    assert ledger.sweep(NOW + 7 * SECOND, monotonic_ns=200 * SECOND, boot_id="next").expired == 2
+    assert ledger.counts().conserved
+
+
+def test_record_of_an_earlier_boot_without_a_date_lives_one_time_to_live_from_the_first_sweep(ledger):
+    made = undated(1)
+    ledger.commit([made])
+    now = Moment(time_ns=NOW, monotonic_ns=5 * SECOND, boot_id="next")
+    assert [one.record for one in ledger.pending("cn", limit=10, now=now)] == [made.record]
+    for seconds, expired in ((0, 0), (9, 0), (10, 1)):
+        assert ledger.sweep(NOW + seconds * SECOND, monotonic_ns=5 * SECOND, boot_id="next").expired == expired
+    assert ledger.counts().conserved
+
+
+def test_record_past_its_time_to_live_when_the_clock_is_set_expires(ledger):
+    ledger.commit([undated(1)])
+    then = {"monotonic_ns": 110 * SECOND, "boot_id": "boot"}
+    assert ledger.sweep(NOW, **then).expired == 0
+    assert ledger.pending("cn", limit=10, now=Moment(time_ns=NOW, **then)) == []
+    assert ledger.sweep(NOW, **then).expired == 1
+
+
+def test_records_are_dated_a_bounded_number_at_a_time_and_each_once(path, monkeypatch):
+    monkeypatch.setattr("agent.store.ledger.SWEEP_RECORDS", 2)
+    ledger = opened(path)
+    ledger.commit([undated(n) for n in range(5)])
+    barely_set, then = IS_SET_NS + SECOND, {"monotonic_ns": 105 * SECOND, "boot_id": "boot"}
+    assert [ledger.sweep(barely_set, **then).more for _ in range(4)] == [True, True, False, False]
+    assert {one.record.recorded_ns for one in ledger.pending("cn", limit=10)} == {IS_SET_NS + 1}
+    ledger.close()
+    assert verify(path).intact
+    assert [row["id"] for row in export(path) if row["what"] == "dated"] == [f"id-{n}" for n in range(5)]
 
 
 def test_lanes_without_records_are_forgotten_when_many_have_gathered(path):
@@ -424,6 +524,17 @@ def test_files_left_by_a_crash_are_removed(path):
     assert not stray.exists()
     assert ledger.find("id-1") == record(1, size=500)
     ledger.close()
+
+
+@pytest.mark.parametrize(("column", "noticed"), [("basis", 1), ("doubt_ns", 1), ("envelope", 2), ("crc", 2)])
+def test_damaged_held_record_ends_as_soon_as_what_is_damaged_is_read(ledger, column, noticed):
+    ledger.commit([store(1, route=()), store(2, route=())])
+    ledger._connection.execute(f"UPDATE record SET {column} = 'nonsense' WHERE id = 'id-1'")  # noqa: S608 - a constant
+    keys = [row.key for row in ledger.held(boot_id="boot", since_ns=EVER_NS, limit=5)]
+    assert len(keys) == noticed
+    assert numbers(ledger.keyed(keys)) == [2]
+    assert ledger.counts().breakdown["evicted"]["reason"] == {"ledger.damaged": 1}
+    assert (ledger.counts().held, ledger.counts().conserved) == (1, True)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "changed"])

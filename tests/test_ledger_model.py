@@ -1,4 +1,4 @@
-"""The ledger against a model of a few lines, with crash and reopening as rules."""
+"""The ledger against a model of a few lines, with crash, reopening and a clock that is not set yet as rules."""
 
 import os
 import shutil
@@ -11,8 +11,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from ledger_samples import NOW, SECOND, delivered, in_memory, opened, refused, store
 from msgspec.structs import replace
 
+from agent.clock import IS_SET_NS, Moment
 from agent.errors import LedgerEntryError
-from agent.messages import Priority, State
+from agent.messages import Capture, Priority, State
 from agent.store.audit_cli import verify
 from agent.store.entries import IntakeKey, Rejected, Released, Store, Withdrawn
 from agent.store.lanes import RECORD_OVERHEAD
@@ -41,12 +42,23 @@ class Model:
     def end(self, name, state):
         self.ended["late" if self.spool.pop(name, None) is None else state] += 1
 
-    def served(self, endpoint, down):
+    def sweep(self, now):
+        for item in list(self.spool.values()):
+            if item.recorded_ns <= IS_SET_NS:
+                age_ns = now.monotonic_ns - item.capture.monotonic_ns if item.capture.boot_id == now.boot_id else 0
+                made_ns, ttl_ns = now.time_ns - age_ns, item.expires_ns - item.recorded_ns
+                self.spool[item.id] = replace(item, recorded_ns=made_ns, expires_ns=made_ns + ttl_ns)
+            elif item.expires_ns <= now.time_ns:
+                self.end(item.id, State.EXPIRED)
+
+    def served(self, endpoint, down, now):
         route = {
             item.id: next((name for name in item.route if name not in down or name == endpoint), None)
             for item in self.spool.values()
         }
-        return sorted((item for item in self.spool.values() if route[item.id] == endpoint), key=lambda i: i.priority)
+        own = (item for item in self.spool.values() if route[item.id] == endpoint)
+        alive = (item for item in own if item.recorded_ns <= IS_SET_NS or item.expires_ns > now.time_ns)
+        return sorted(alive, key=lambda item: item.priority)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -81,6 +93,7 @@ class LedgerMachine(RuleBasedStateMachine):
                     "route": st.sampled_from(ROUTES),
                     "priority": st.sampled_from(Priority),
                     "ttl": st.sampled_from((10, 40, 10_000)),
+                    "undated": st.sampled_from((None, None, "boot", "earlier boot")),
                 }
             ),
             min_size=1,
@@ -91,8 +104,10 @@ class LedgerMachine(RuleBasedStateMachine):
         entries = []
         for each in fields:
             self.number += 1
-            entries.append(store(self.number, mid=self.number**2 % 11, **each))
-        self.ledger.commit(entries)
+            boot_id = each.pop("undated")
+            entry = store(self.number, mid=self.number**2 % 11, **each)
+            entries.append(entry if boot_id is None else replace(entry, record=self.undated(entry.record, boot_id)))
+        arrived = self.ledger.commit(entries)
         for entry in entries:
             self.model.received += 1
             self.published.append((entry.intake.mid, entry.intake.digest))
@@ -101,11 +116,26 @@ class LedgerMachine(RuleBasedStateMachine):
             else:
                 self.model.spool[entry.record.id] = entry.record
         self.model.evict()
+        self.came_in(entries, arrived)
         return multiple(*(entry.record.id for entry in entries))
+
+    def came_in(self, entries, arrived):
+        """A commit names the records that it has brought into the car, and none that it evicted at once."""
+        assert arrived == [entry.record for entry in entries if entry.record.id in self.model.spool]
+
+    @property
+    def now(self):
+        return Moment(time_ns=NOW + self.seconds * SECOND, monotonic_ns=self.seconds * SECOND, boot_id="boot")
+
+    def undated(self, record, boot_id):
+        """The record as it is made now where the clock says 1970."""
+        ttl_ns = record.expires_ns - record.recorded_ns
+        capture = Capture(time_ns=0, monotonic_ns=self.now.monotonic_ns, boot_id=boot_id)
+        return replace(record, capture=capture, recorded_ns=60 * SECOND, expires_ns=60 * SECOND + ttl_ns)
 
     @rule()
     def refuse(self):
-        self.ledger.commit([refused()])
+        assert self.ledger.commit([refused()]) == []
         self.model.received += 1
         self.model.ended[State.REFUSED] += 1
 
@@ -128,7 +158,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if held is None or held.route:
             return
         pending = replace(held, state=State.PENDING, route=("a",), regions=held.regions[:1], envelope=b"n" * size)
-        self.ledger.commit([Released(record=pending, time_ns=NOW)])
+        assert self.ledger.commit([Released(record=pending, time_ns=NOW)]) == []
         self.model.spool[name] = pending
         self.model.evict()
 
@@ -138,7 +168,8 @@ class LedgerMachine(RuleBasedStateMachine):
         numbers = range(self.number + 1, self.number + 1 + len(sizes))
         stores = [store(number, size=size) for number, size in zip(numbers, sizes, strict=True)]
         self.number += len(sizes)
-        self.ledger.commit([*(delivered(int(name[3:])) for name in ended), *stores, delivered(int(last[3:]))])
+        ends = (delivered(int(name[3:])) for name in ended)
+        arrived = self.ledger.commit([*ends, *stores, delivered(int(last[3:]))])
         for name in ended:
             self.model.end(name, State.DELIVERED)
         for entry in stores:
@@ -146,6 +177,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.model.spool[entry.record.id] = entry.record
         self.model.end(last, State.DELIVERED)
         self.model.evict()
+        self.came_in(stores, arrived)
 
     @rule(stores=st.integers(0, 40), wrong=st.integers(0, 40))
     def clash(self, stores, wrong):
@@ -168,11 +200,16 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(seconds=st.integers(0, 30))
     def sweep(self, seconds):
         self.seconds += seconds
-        now_ns = NOW + self.seconds * SECOND
-        while self.ledger.sweep(now_ns).more:
+        now = self.now
+        while self.ledger.sweep(now.time_ns, monotonic_ns=now.monotonic_ns, boot_id=now.boot_id).more:
             continue
-        for item in [item for item in self.model.spool.values() if item.expires_ns <= now_ns]:
-            self.model.end(item.id, State.EXPIRED)
+        self.model.sweep(now)
+
+    @rule(seconds=st.integers(0, 30))
+    def sweep_before_the_clock_is_set(self, seconds):
+        self.seconds += seconds
+        now = self.now
+        self.ledger.sweep(now.monotonic_ns, monotonic_ns=now.monotonic_ns, boot_id=now.boot_id)
 
     @rule()
     def crash(self):
@@ -193,10 +230,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if not hasattr(self, "ledger"):
             return
         for endpoint, down in (("a", ()), ("b", ()), ("b", ("a",)), ("a", ("a", "b"))):
-            found = [item.record for item in self.ledger.pending(endpoint, limit=100, down=down)]
-            assert found == self.model.served(endpoint, down)
-        assert [item.record for item in self.ledger.held(limit=100)] == [
-            item for item in self.model.spool.values() if not item.route
+            found = [item.record for item in self.ledger.pending(endpoint, limit=100, down=down, now=self.now)]
+            assert found == self.model.served(endpoint, down, self.now)
+        assert [item.record for item in self.ledger.spooled(limit=100)] == list(self.model.spool.values())
+        held = self.ledger.held(boot_id="boot", since_ns=0, limit=100)
+        assert [item.record for item in self.ledger.keyed([item.key for item in held])] == [
+            item for item in self.model.spool.values() if not item.route and item.capture.boot_id == "boot"
         ]
         counts = self.ledger.counts()
         assert (counts.received, counts.conserved) == (self.model.received, True)

@@ -42,6 +42,7 @@ async def test_running_agent_serves_its_counters(tmp_path, patience):
         assert "vehicle/" not in text
         assert "residency_conserved 1.0" in text
         assert 'residency_intake_seconds_count{session="telemetry"} 2.0' in text
+        assert 'residency_intake_unasked_total{session="telemetry"} 0.0' in text
         assert 'residency_intake_seconds_bucket{le="+Inf",session="telemetry"} 2.0' in text
         assert 'residency_oldest_record_age_seconds{state="pending"} 0.0' in text
         assert "residency_worker_start_seconds_count 1.0" in text

@@ -13,12 +13,17 @@ from fake_broker import fake_broker
 from test_policy import policy_of, record
 
 import agent
+from agent.clock import Moment
 from agent.errors import EnvelopeError
 from agent.messages import Basis
+from agent.mqtt.packets import Session
 from agent.policy import Cleared
+from agent.uplink.egress import PeerRules
+from agent.uplink.options import UplinkOptions
 from agent.uplink.outlet import Outlet
 from agent.wire.envelope import Attributes, pack
 
+NOW = Moment(time_ns=0)
 TRANSPORT = {"packets", "connection", "client", "transport"}  # modules that carry a PUBLISH and make none
 
 
@@ -66,7 +71,14 @@ def stored_record(regions, subject="vehicle/data"):
 
 
 def outlet(recorder, endpoint="a"):
-    return Outlet(recorder, endpoint=endpoint, vehicle="car", topic="{region}/{topic}", wire="msgpack")
+    options = UplinkOptions(
+        name=endpoint,
+        vehicle="car",
+        session=Session(host="127.0.0.1", port=1, client_id="car"),
+        peer=PeerRules(host="127.0.0.1", port=1, tls=False),
+        topic="{region}/{topic}",
+    )
+    return Outlet(recorder, options)
 
 
 def test_outlet_takes_nothing_but_what_was_cleared_for_its_endpoint():
@@ -75,7 +87,7 @@ def test_outlet_takes_nothing_but_what_was_cleared_for_its_endpoint():
     forged = types.SimpleNamespace(record=record(["cn"]), endpoint="a")
     for wrong in (record(["cn"]), cleared, forged, None):
         with pytest.raises(TypeError, match="not cleared for a"):
-            outlet(recorder).publish(wrong, 0)
+            outlet(recorder).publish(wrong, NOW)
     assert recorder.published == []
 
 
@@ -85,7 +97,7 @@ def test_outlet_takes_no_batch_with_a_record_that_was_not_cleared_for_its_endpoi
     forged = types.SimpleNamespace(record=record(["cn"]), endpoint="a")
     for wrong in (record(["cn"]), policy.clear(record(["cn"]), "b"), forged, None):
         with pytest.raises(TypeError, match="not cleared for a"):
-            outlet(recorder).publish_batch([good, wrong], 0)
+            outlet(recorder).publish_batch([good, wrong], NOW)
     assert recorder.published == []
 
 
@@ -100,9 +112,9 @@ def test_batch_of_several_regions_or_topics_does_not_go_out():
         ((here, altered), "other regions"),
     ):
         with pytest.raises(EnvelopeError, match=reason):
-            outlet(recorder).publish_batch([policy.clear(one, "a") for one in records], 0)
+            outlet(recorder).publish_batch([policy.clear(one, "a") for one in records], NOW)
     assert recorder.published == []
-    outlet(recorder).publish_batch([policy.clear(one, "a") for one in (both, both)], 0)
+    outlet(recorder).publish_batch([policy.clear(one, "a") for one in (both, both)], NOW)
     assert [(one.topic, one.properties) for one in recorder.published] == [
         ("cn,hk/vehicle/data", [("dataregion", "cn,hk")])
     ]
@@ -113,9 +125,9 @@ def test_record_whose_envelope_names_other_regions_than_the_ledger_does_not_go_o
     altered = msgspec.structs.replace(honest, regions=("cn", "hk"))
     policy, recorder = policy_of({"cn": {"data": ["a"]}, "hk": {"data": ["a"]}}), Recorder()
     with pytest.raises(EnvelopeError, match="other regions"):
-        outlet(recorder).publish(policy.clear(altered, "a"), 0)
+        outlet(recorder).publish(policy.clear(altered, "a"), NOW)
     assert recorder.published == []
-    outlet(recorder).publish(policy.clear(honest, "a"), 0)
+    outlet(recorder).publish(policy.clear(honest, "a"), NOW)
     assert [one.topic for one in recorder.published] == ["cn/vehicle/data"]
 
 

@@ -16,6 +16,7 @@ from oelint_parser.cls_item import Item
 from oelint_parser.cls_stash import Stash
 
 from agent import __version__
+from tools import package
 from tools.__main__ import main
 from tools.packaging import lock, sbom, targets
 from tools.packaging.lock import Locked, Wheel
@@ -189,6 +190,14 @@ def test_sbom_command_writes_the_same_bytes_twice(tmp_path, capsys):
     assert "sbom.cdx.json" in capsys.readouterr().out
 
 
+def test_what_is_built_from_a_checkout_says_so_where_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(package, "ROOT", tmp_path)
+    monkeypatch.setattr(package, "LOCK", tmp_path / "systemd" / "requirements.lock")
+    for what in ("lock", "dist", "sbom", "deb"):
+        assert main(["package", what]) == 1
+        assert f"{tmp_path} is no checkout and no unpacked sdist" in capsys.readouterr().err
+
+
 def recipe(path):
     stash = Stash(quiet=True)
     stash.AddFile(str(path))
@@ -211,6 +220,7 @@ def test_yocto_recipe_tells_the_truth():
     digest = hashlib.md5((ROOT / "LICENSE").read_bytes(), usedforsecurity=False).hexdigest()
     assert values["LIC_FILES_CHKSUM"] == f"file://LICENSE;md5={digest}"
     assert values["LICENSE"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
+    assert "S" not in values, "its default is right in every release: below WORKDIR, and below UNPACKDIR from 5.3 on"
     direct = {f"python3-{item.name}" for item in LOCKED if lock.SELF in item.needed_by}
     assert set(re.findall(r"python3-[\w-]+", values["RDEPENDS"])) - {"python3-modules"} == direct
     for name in re.findall(r"\$\{S\}/(\S+)", RECIPE.read_text()):

@@ -79,6 +79,50 @@ def test_a_held_capture_is_narrowed_by_a_later_fix():
     assert min(disc.radius_m for disc in made.discs(at(100))) < 150 < before.radius_m
 
 
+def test_a_fix_in_a_steady_drive_says_nothing_of_what_is_older_than_the_largest_age():
+    made = history(*drive(0, 100), max_age_ns=60 * S)
+    assert made.add(fix(100, 2_000)) == 40 * S
+    assert made.add(fix(70.5, 1_410)) == 10.5 * S, "one that is late, of what is older than that"
+    assert made.add(fix(100, 2_000)) is None
+
+
+def test_a_fix_that_outvotes_a_lie_is_news_for_all_the_time_in_which_that_had_spoken():
+    made = history(*drive(0, 60), fix(60, 100_000), max_age_ns=60 * S)
+    (doubtful,) = made.discs(at(5))
+    assert doubtful.radius_m > 40_000
+    assert made.add(fix(118, 2_360)) == 0
+    assert min(disc.radius_m for disc in made.discs(at(5))) < 150
+
+
+news = st.tuples(
+    st.sampled_from([0, 1, 2, 3, 5, 8, -4, -9, -25, 11, 30]),  # seconds since the fix before
+    st.sampled_from([0, 0, 0, 0, 5_000, -9_000, 60_000]),  # metres to the north
+    st.sampled_from([0, 0, 1, 4]),  # seconds of doubt
+)
+memories = st.fixed_dictionaries(
+    {
+        "outvote": st.sampled_from([2, 3, 10]),
+        "fixes": st.sampled_from([9, 20, 4096]),
+        "tracks": st.sampled_from([3, 32]),
+        "horizon_ns": st.sampled_from([40 * S, 3600 * S]),
+    }
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(news, min_size=1, max_size=40), memories)
+def test_discs_of_captures_before_the_moment_that_a_fix_names_stay_as_they_are(told, limits):
+    made, now, captures = PositionHistory(PositionLimits(max_age_ns=10 * S, **limits)), 100, []
+    for number, (later, north_m, doubt) in enumerate(told):
+        now += later
+        captures += [(one, made.discs(one)) for one in (at(now - 5, 1), at(now), at(now + 12.5))]
+        since_ns = made.add(fix(now + number / 1000, north_m, doubt=doubt))
+        known = [(one, before, made.discs(one)) for one, before in captures]
+        changed = [one.monotonic_ns for one, before, after in known if before != after]
+        assert not changed or min(changed) >= since_ns
+        captures = [(one, after) for one, _, after in known]
+
+
 def test_a_disc_grows_with_the_time_since_the_fix_and_ends_at_the_largest_age():
     made = history(fix(0), fix(1), max_age_ns=60 * S)
     radii = [made.discs(at(t))[0].radius_m for t in (1, 10, 50)]

@@ -22,8 +22,11 @@ from test_faults_kill import jpeg
 
 from agent import __main__ as command_line
 from agent import assembly, status
+from agent import reload as reload_module
 from agent.accepted import FILE, Accepted
-from agent.errors import AgentError, InvalidConfigError
+from agent.errors import AgentError, InvalidConfigError, LedgerStalledError
+from agent.intake.intake import EVER_NS, Fixes
+from agent.places.positions import PositionHistory
 from agent.reload import Reloader
 from agent.settings.config import shipped_manifest
 from agent.wire.envelope import verify
@@ -172,6 +175,34 @@ async def test_region_loses_no_country_while_records_that_may_carry_it_are_still
     with pytest.raises(AgentError, match="not written down"):
         await reloader._remember(SimpleNamespace(policy=SimpleNamespace(shrunk=lambda _: {"cn"})))
     assert stopped == ["cn"]
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+async def test_all_that_is_held_is_looked_at_again_after_a_review(monkeypatch, patience, stalls):
+    monkeypatch.setattr(reload_module, "PAUSE_SECONDS", 0.01)
+    fixes, found = Fixes([], PositionHistory()), [LedgerStalledError("full")] * stalls + [(0, 1), (3, 0)]
+    fixes.taken()
+
+    async def review():
+        assert not fixes.arrived.is_set(), "not before the last record was decided about"
+        one = found.pop(0)
+        if isinstance(one, Exception):
+            raise one
+        return one
+
+    async def submit(_entry):
+        """A note is durable."""
+
+    reloader = object.__new__(Reloader)
+    reloader.setup, reloader._due = SimpleNamespace(digest="new"), asyncio.Event()
+    reloader.resolver = SimpleNamespace(review=review)
+    reloader._inward = SimpleNamespace(fixes=fixes, committer=SimpleNamespace(submit=submit))
+    reloader._due.set()
+    task = asyncio.create_task(reloader.review_loop())
+    async with asyncio.timeout(patience):
+        await fixes.arrived.wait()
+    task.cancel()
+    assert (fixes.taken(), found) == (EVER_NS, [])
 
 
 def sign(folder, *names):

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ledger_samples import in_memory
+from msgspec import structs
 from stream import TELEMETRY
 
 from agent.board import Board
-from agent.intake.intake import Fixes, Inward
+from agent.intake.intake import EVER_NS, Fixes, Inward
 from agent.intake.line import Line, Numbering
 from agent.intake.resolver import Resolver
 from agent.messages import Basis, Capture, Disc, Hold, Priority, Record, Refuse, State, Whereabouts
@@ -21,8 +22,9 @@ from agent.pipeline import Identity, Pipeline
 from agent.places.positions import PositionHistory
 from agent.policy import UNLISTED, Policy
 from agent.settings.policy_config import DataClass, Endpoint, PolicyConfig, Region, Rule
+from agent.store.blobs import Blobs
 from agent.store.committer import CommitOptions, Committer
-from agent.store.entries import LedgerLimits, Refused, Store
+from agent.store.entries import MIB, LedgerLimits, Refused, Store
 from agent.store.ledger import Ledger
 from agent.wire.envelope import pack, unpack
 
@@ -73,9 +75,11 @@ class World:
 
     def __init__(self):
         self.known = {}
+        self.asked = []
 
     def discs(self, capture):
         number = capture.time_ns
+        self.asked.append(number)
         return (Disc(latitude=float(number), longitude=0.0, radius_m=1.0),) if number in self.known else ()
 
     def countries_near(self, latitude, _longitude, _radius_m):
@@ -93,8 +97,8 @@ class Bench:
     touched: dict = field(default_factory=dict)  # number -> its regions, countries in which it may have been captured
 
     def __post_init__(self):
-        fixes = Fixes([], PositionHistory(boot_id="boot"))
-        self.resolver = Resolver(Inward(line=self.line, committer=self.committer, fixes=fixes, board=self.board))
+        self.fixes = Fixes([], PositionHistory(boot_id="boot"))
+        self.resolver = Resolver(Inward(line=self.line, committer=self.committer, fixes=self.fixes, board=self.board))
 
     @property
     def policy(self):
@@ -103,7 +107,7 @@ class Bench:
     def obey(self, policy):
         self.line.pipeline = replace(self.line.pipeline, policy=policy)
 
-    async def take(self, number, countries, topic="t/1"):
+    async def take(self, number, countries, topic="t/1", **changes):
         """A message as the line takes it: refused, held or pending by the policy that holds now."""
         rule = self.policy.rule_for(topic)
         regions = self.policy.regions_of(countries)
@@ -114,7 +118,8 @@ class Bench:
             await self.committer.submit(Refused(reason=decision.reason, time_ns=1))
             return
         self.touched[number] = regions, set(countries)
-        await self.committer.submit(Store(record=self.record(number, regions, decision, topic, rule.data_class)))
+        made = self.record(number, regions, decision, topic, rule.data_class)
+        await self.committer.submit(Store(record=structs.replace(made, **changes)))
 
     def record(self, number, regions, decision, topic, data_class):
         held = isinstance(decision, Hold)
@@ -251,6 +256,7 @@ async def drive(plan):
                 await it.take(number, countries, topic)
                 if narrows and number in it.touched:
                     it.world.known[number] = {min(countries)}  # a later fix says so
+            it.fixes.look_again()
             await it.resolver._pass()
             check(it, law)
             SEEN.update(published=len(list(it.published())), refused=it.counts.refused, held=it.counts.held)
@@ -329,6 +335,45 @@ async def test_held_record_is_released_when_its_regions_come_to_agree():
     assert (state, route, version) == (State.PENDING, ("b",), "2")
 
 
+async def test_fixes_cost_the_envelopes_of_the_records_that_they_settle_and_no_others(monkeypatch):
+    before, read = replace(LAW, permit=LAW.permit | {("two", "x"): ["c"]}), []
+    monkeypatch.setattr(Blobs, "read", lambda blobs, file, real=Blobs.read: read.append(file) or real(blobs, file))
+    async with bench(before) as it:
+        large = pack(replace(TELEMETRY, dataregion=("one", "two", UNLISTED)), bytes(LedgerLimits().inline_bytes), None)
+        for number in range(1, 81):
+            await it.take(number, {"AA", "BB", "CC"}, envelope=large)
+        it.world.known |= {7: {"AA"}, 8: {"AA", "BB"}, 80: {"BB"}}
+        await it.resolver._pass()
+        assert len(read) == 2
+        assert (it.find(7).route, it.find(8).route, it.find(80).route) == (("a", "b"), (), ("c",))
+        assert (it.counts.held, it.counts.pending) == (78, 2)
+
+
+async def test_records_that_are_too_large_for_one_read_are_all_released():
+    async with bench(replace(LAW, permit=LAW.permit | {("two", "x"): ["c"]})) as it:
+        large = pack(replace(TELEMETRY, dataregion=("one", "two", UNLISTED)), bytes(3 * MIB), None)
+        for number in range(1, 5):
+            await it.take(number, {"AA", "BB"}, envelope=large)
+        it.world.known |= {number: {"AA"} for number in range(1, 5)}
+        await it.resolver._pass()
+        assert (it.counts.held, it.counts.pending) == (0, 4)
+
+
+async def test_records_are_asked_about_at_first_and_then_only_where_there_is_news():
+    async with bench(replace(LAW, permit=LAW.permit | {("two", "x"): ["c"]})) as it:
+        for number, boot in ((1, "boot"), (2, "boot"), (3, "boot"), (4, "another")):
+            capture = Capture(time_ns=number, monotonic_ns=number * SECOND, boot_id=boot)
+            await it.take(number, {"AA", "BB"}, capture=capture)
+        asked = []
+        for news in ([], [], [3 * SECOND, 2 * SECOND], [4 * SECOND], [], [EVER_NS]):
+            for since_ns in news:
+                it.fixes.look_again(since_ns)
+            it.world.asked.clear()
+            await it.resolver._pass()
+            asked.append(sorted(it.world.asked))
+        assert asked == [[1, 2, 3], [], [2, 3], [], [], [1, 2, 3]]
+
+
 async def test_region_that_lost_a_country_takes_its_records_with_it():
     before = replace(LAW, region_of={"AA": "one", "CC": "one", "BB": "two"})
     law = replace(LAW, region_of={"AA": "one", "CC": "two", "BB": "two"})
@@ -349,6 +394,38 @@ async def test_record_lives_no_longer_than_the_new_policy_lets_it():
         assert it.find(1).expires_ns == SECOND + 60 * SECOND
         await change(it, replace(LAW, ttl_s=9000.0), "3", it.policy.meanings, 10**9)
         assert it.find(1).expires_ns == SECOND + 60 * SECOND
+
+
+async def test_held_record_that_is_being_released_is_counted_without_a_number_of_its_stream():
+    async with bench(replace(LAW, permit=LAW.permit | {("two", "x"): ["c"]})) as it:
+        for number in (1, 2):
+            await it.take(number, {"AA", "BB"})
+        it.world.known |= {1: {"AA"}, 2: {"AA"}}
+        it.board.claimed.add("1")  # as by a pass that waits for its commit
+        assert await it.resolver.review() == (1, 1)
+        it.board.claimed.clear()
+        assert await it.resolver.review() == (1, 0)
+        assert [it.find(number).sequence for number in (2, 1)] == [1, 2]
+
+
+async def test_record_that_is_released_while_a_review_waits_for_a_reload_is_not_released_again():
+    async with bench(replace(LAW, permit=LAW.permit | {("two", "x"): ["c"]})) as it:
+        await it.take(1, {"AA", "BB"})
+        it.world.known[1] = {"AA"}
+
+        async def reload():
+            async with it.line.turns.alone():
+                pass
+
+        async with asyncio.TaskGroup() as group, it.line.turns.deciding():
+            group.create_task(reload())
+            await asyncio.sleep(0)  # nobody begins to decide from now on
+            review = group.create_task(it.resolver.review())
+            await it.committer.call(lambda _: None)  # what the review would read by now, it has read
+            rows = await it.committer.call(lambda ledger: ledger.spooled(limit=1))
+            await it.resolver._change(rows, it.resolver._narrowed)  # a pass that began before
+        assert review.result() == (0, 0)
+        assert it.find(1).sequence == 1
 
 
 async def test_record_that_an_uplink_has_claimed_is_left_to_it():

@@ -64,6 +64,13 @@ def refusal(folder):
     return str(caught.value)
 
 
+def test_signing_of_no_file_is_wrong_usage(files, capsys):
+    with pytest.raises(SystemExit) as caught:
+        sign("--key", files / "fleet.pem")
+    assert caught.value.code == 2
+    assert "name a FILE to sign" in capsys.readouterr().err
+
+
 def test_signed_files_are_used_and_known_by_their_digests(files):
     setup = assembly.load(files / "agent.toml")
     assert setup.trusted

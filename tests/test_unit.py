@@ -285,6 +285,16 @@ def test_upgrade_while_systemd_waits_to_restart_the_agent_starts_it(system, debs
     system.run("systemctl", "daemon-reload")
 
 
+def test_upgrade_is_done_where_the_agent_does_not_start_and_it_starts_once_it_can(system, debs):
+    policy = "/etc/residency-agent/policy.toml"
+    system.write(policy, POLICY.replace("[permit.cn]", "[permit.nowhere]"))
+    install(system, debs[1])
+    assert system.run("dpkg-query", "--show", "--showformat=${db:Status-Status}", "residency-agent") == "installed"
+    assert not connected(system)
+    system.write(policy, POLICY)
+    system.until(lambda: connected(system), SECONDS)
+
+
 def test_upgrade_leaves_an_agent_stopped_that_was_stopped(system, debs):
     system.run("systemctl", "stop", UNIT)
     install(system, debs[1])

@@ -1,11 +1,12 @@
 import asyncio
+import random
 import time
 from collections import Counter
 from contextlib import contextmanager
 
 import msgspec
 import pytest
-from endpoints import bench, number_of, policy_of
+from endpoints import HOUR_NS, bench, number_of, numbers_of, policy_of
 from fake_broker import CONNACK, fake_broker, packet, silent
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from agent.messages import Priority
 from agent.mqtt import backoff
 from agent.mqtt import connection as mqtt
 from agent.store.entries import Ending, Redecided
-from agent.uplink import group, reach, settling
+from agent.uplink import group, reach, settling, supply
 from agent.uplink.patience import Patience
 from agent.uplink.shares import SHARE, Shares
 
@@ -42,6 +43,42 @@ async def test_record_leaves_the_ledger_only_after_the_puback(endpoint, patience
         assert (it.counts.pending, it.counts.delivered) == (1, 0)
         endpoint.session.puback(endpoint.published[0].mid)
         await it.until(lambda: it.counts.delivered == 1)
+
+
+async def test_record_that_is_stored_while_no_other_waits_is_not_read_from_the_disk(endpoint, patience, monkeypatch):
+    monkeypatch.setattr(supply, "LOOK_SECONDS", 3600.0)
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}) as it:
+        await it.store([0])
+        it.start()
+        await it.until(lambda: it.counts.delivered == 1)
+        reads, pending = [], it.committer.ledger.pending
+        monkeypatch.setattr(
+            it.committer.ledger, "pending", lambda *args, **which: reads.append(args) or pending(*args, **which)
+        )
+        for number in range(1, 20):
+            await it.store([number], size=40 if number % 5 else 300_000)
+        await it.until(lambda: it.counts.delivered == 20 and not it.board.claimed)
+        assert (numbers(endpoint), reads) == ([*range(20)], [])
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_records_go_in_the_order_of_their_arrival_whether_taken_or_read(endpoint, patience, seed):
+    rng = random.Random(seed)
+
+    def slowly(session, publish):
+        asyncio.get_running_loop().call_later(rng.choice((0, 0, 0.002, 0.03)), session.puback, publish.mid)
+
+    endpoint.on_publish = slowly
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, in_flight=4) as it:
+        it.start()
+        number = 0
+        while number < 300:
+            burst = range(number, number + rng.choice((1, 1, 2, 3, 12, 40)))
+            await it.store(burst, size=rng.choice((40, 40, 40, 20_000, 200_000)))
+            number = burst.stop
+            await asyncio.sleep(rng.choice((0, 0, 0.01, 0.05)))
+        await it.until(lambda: it.counts.delivered == number and not it.board.claimed)
+        assert numbers(endpoint) == [*range(number)]
 
 
 async def test_record_whose_delivery_is_not_durable_yet_is_sent_once_and_written_down_with_the_next_store(
@@ -454,6 +491,30 @@ async def test_record_past_its_time_to_live_never_goes_out(endpoint, patience):
         assert it.counts.pending == 0
 
 
+@pytest.mark.parametrize(("batch_records", "ready"), [(1, {2}), (4, {2, 3})])
+async def test_record_whose_time_is_up_before_its_turn_comes_is_left_to_the_sweep(
+    endpoint, patience, monkeypatch, batch_records, ready
+):
+    endpoint.connack_properties = {"receive_maximum": 1}
+    endpoint.on_publish = silent
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, batch_records=batch_records) as it:
+        await it.store([1])
+        it.start()
+        await endpoint.until(lambda: endpoint.published)
+        await it.store([2], ttl_ns=HOUR_NS)
+        await it.store([3], ttl_ns=3 * HOUR_NS)
+        await it.until(lambda: {f"id-{number}" for number in ready} <= it.board.claimed)
+        true = time.time_ns
+        monkeypatch.setattr(time, "time_ns", lambda: true() + 2 * HOUR_NS)
+        endpoint.on_publish = lambda session, publish: session.puback(publish.mid)
+        endpoint.session.puback(endpoint.published[0].mid)
+        await it.until(lambda: it.counts.delivered == 2)
+        assert [number for publish in endpoint.published for number in numbers_of(publish)] == [1, 3]
+        await it.until(lambda: not it.board.claimed)
+        assert (await it.committer.sweep(time.time_ns())).expired == 1
+        assert (it.counts.pending, it.counts.late, it.counts.conserved) == (0, 0, True)
+
+
 async def test_old_protocol_gets_the_envelope_without_properties(endpoint, patience):
     async with asyncio.timeout(patience), bench({"a": endpoint.port}, protocol="3.1.1") as it:
         await it.store(range(3))
@@ -694,7 +755,7 @@ def full_disk(it, monkeypatch):
     def commit(entries, commit=it.committer.ledger.commit):
         if not all(isinstance(entry, Ending) for entry in entries):
             raise LedgerStalledError("the disk is full")
-        commit(entries)
+        return commit(entries)
 
     with monkeypatch.context() as patch:
         patch.setattr(it.committer.ledger, "commit", commit)

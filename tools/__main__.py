@@ -26,6 +26,11 @@ COMMANDS = {
     "regions": "compile and look at the border file",
     "package": "build the packages, the lock file and the bill of materials",
 }
+OWN = ("agent", "tools")
+TOOLS = "tools"
+EXTRAS = {"demo": "demo", "train": "train", "package": "package"}
+"""What has the libraries of a command; of the others it is TOOLS."""
+MISSING_STATUS = 2
 
 
 def _module_name(command: str) -> str:
@@ -51,11 +56,19 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is the command's own, 2 for wrong usage, 130 where a signal interrupted it."""
+    """Run one command; the status is its own, 2 for wrong usage or a missing library, 130 where a signal ended it."""
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if word in COMMANDS), None)
-    arguments = parser(chosen).parse_args(argv)
-    return interruptible(str(chosen), lambda: int(arguments.run(arguments)))
+    try:
+        arguments = parser(chosen).parse_args(argv)
+        return interruptible(str(chosen), lambda: int(arguments.run(arguments)))
+    except ModuleNotFoundError as exc:
+        library = str(exc.name).partition(".")[0]
+        if exc.name is None or library in OWN:
+            raise
+        extra = f"pip install 'residency-agent[{EXTRAS.get(str(chosen), TOOLS)}]'"
+        print(f"residency-tools {chosen}: {library} is not installed: {extra}", file=sys.stderr)
+        return MISSING_STATUS
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ class _Car:
         due_now = self._fixes.arrived.is_set() and self._monotonic_ns - self._looked_ns >= PAUSE_NS
         if not (due_now or force) or not self._held:
             return
-        self._fixes.arrived.clear()
+        self._fixes.taken()
         self._looked_ns = self._monotonic_ns
         held, self._held = self._held, []
         for record in held:
@@ -169,7 +169,7 @@ class _Car:
         if record.state is State.HELD:
             self._held.append(record)
             tally.step(self.cells, State.HELD, _subject(record))
-            self._fixes.arrived.set()
+            self._fixes.look_again()
         else:
             self._send(record)
 

@@ -7,10 +7,12 @@ the newest permitted versions; `deb` fetches the locked ones from it, for any ta
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from agent.errors import AgentError
@@ -51,10 +53,19 @@ def _maintainer() -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
+        _check(arguments.build)
         return int(arguments.build(arguments))
     except (AgentError, OSError) as exc:
         print(f"residency-tools package: {exc}", file=sys.stderr)
         return 1
+
+
+def _check(build: Callable[[argparse.Namespace], int]) -> None:
+    """Raise PackagingError where there is nothing to build from or with."""
+    if not LOCK.is_file():
+        raise targets.PackagingError(f"{ROOT} is no checkout and no unpacked sdist: run it in one (./tools/dev deb)")
+    if build in (_dist, _deb):
+        importlib.import_module("hatchling")  # a program of it is run; `residency-tools` says what has it
 
 
 def _lock(_: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISREG
 
 from agent.assembly import Setup
 from agent.clock import is_set
@@ -52,7 +53,7 @@ def disk(setup: Setup) -> Finding:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         sync_s = _sync_seconds(folder)
         free = shutil.disk_usage(folder).free
-        held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        held = sum(known.st_size for file in folder.rglob("*") if (known := _stat(file)) and S_ISREG(known.st_mode))
     except OSError as exc:
         advice = "the agent's user must own it, on a file system that can be written (StateDirectory= of the unit)"
         return Finding(name="disk", detail=str(exc), advice=advice)
@@ -105,7 +106,7 @@ def _secret(key: str, path: Path) -> Iterator[Finding]:
     except OSError as exc:
         advice = f"{key} must name a file that the agent's user can read"
         if str(path).startswith(CREDENTIALS):
-            advice = "systemd gives it to the unit alone: name it in LoadCredential=, and let systemd run doctor too"
+            advice = "the running unit alone has it: put it into /etc/residency-agent/keys, start the unit, ask as root"
         yield Finding(name="permissions", detail=f"{key}: {exc}", advice=advice)
         return
     # systemd lets the unit's user in by an ACL, which shows as the group's permission; the folder is closed to others

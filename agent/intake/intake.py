@@ -26,6 +26,7 @@ from agent.boot import boot_ns
 from agent.errors import AgentError, LedgerEntryError, LedgerError, PositionError
 from agent.histogram import WORK_SECONDS, Histogram
 from agent.intake.line import Line
+from agent.intake.subscriptions import Subscriptions
 from agent.intake.waiting import FOREVER_NS, Waiting
 from agent.messages import Message, State
 from agent.mqtt.backoff import delays
@@ -45,6 +46,7 @@ MARKER_SECONDS = 0.25  # between two markers while messages come
 IDLE_SECONDS = 10.0  # between two markers while none come
 MARKER_PATIENCE_SECONDS = 30.0  # a marker that is not back by then is sent again, and the broker's access list doubted
 OLD_FIX_NS = 60 * 10**9  # a fix that may have waited longer would only blur the track that the next ones draw
+EVER_NS, NEVER_NS = -(1 << 63), (1 << 63) - 1  # before, and after, every capture: SQLite's least and largest number
 STABLE_SECONDS = 30.0  # a session that lived so long starts again with the shortest delay
 
 
@@ -66,13 +68,17 @@ class IntakeOptions:
 
 
 class Fixes:
-    """Feeds position messages into the fix history; counts those that are none, and those that say nothing."""
+    """Feeds position messages into the fix history; counts those that are none, and those that say nothing.
+
+    `arrived` is set while held records have to be looked at again (`look_again`, `taken`).
+    """
 
     def __init__(self, readers: Sequence[tuple[str, FixReader]], history: PositionHistory) -> None:
         self.malformed = 0
         self.accepted = 0
         self.stale = 0
         self.arrived = asyncio.Event()
+        self._since_ns = EVER_NS  # what an earlier process held has not been looked at
         self._readers = readers
         self._history = history
 
@@ -92,8 +98,20 @@ class Fixes:
             if fix.doubt_ns > OLD_FIX_NS:
                 self.stale += 1
                 continue
-            self._history.add(fix)
-            self.arrived.set()
+            since_ns = self._history.add(fix)
+            if since_ns is not None:
+                self.look_again(since_ns)
+
+    def look_again(self, since_ns: int = EVER_NS) -> None:
+        """Have the held records looked at again whose capture is not before this moment (monotonic ns)."""
+        self._since_ns = min(self._since_ns, since_ns)
+        self.arrived.set()
+
+    def taken(self) -> int:
+        """Since when (monotonic ns) captures have to be looked at again: by the caller, from now on."""
+        self.arrived.clear()
+        since_ns, self._since_ns = self._since_ns, NEVER_NS
+        return since_ns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +128,8 @@ class Intake:
     """One session with the in-car broker, for as long as the agent runs.
 
     `durable`: from the arrival of a message until its record, or its refusal, was durable. `turned`: when
-    (monotonic seconds) its loop last came round, which takes some seconds while the broker is slow.
+    (monotonic seconds) its loop last came round, which takes some seconds while the broker is slow. `unasked` counts
+    messages that no filter asks for, which are acknowledged and dropped: an old subscription's, or a mistaken broker's.
     """
 
     def __init__(self, options: IntakeOptions, inward: Inward, last_alive_ns: int | None) -> None:
@@ -118,6 +137,9 @@ class Intake:
         self.connected = False
         self.durable = Histogram(WORK_SECONDS)
         self.turned = time.monotonic()
+        self.unasked = 0
+        self._unasked_before = 0  # when this connection began
+        self._subscriptions = Subscriptions(options.name, inward.committer)
         self._waiting = Waiting(last_alive_ns)
         self._options = options
         self._inward = inward
@@ -165,16 +187,17 @@ class Intake:
             await self._inward.committer.submit(SessionReset(session=self._options.name))
         self._waiting.begin(boot_ns(), resumed=session_present)
         log.info("intake.resumed" if session_present else "intake.begun", extra={"session": self._options.name})
-        await self._take(connection)
+        self._unasked_before = self.unasked
+        await self._take(connection, resumed=session_present)
 
-    async def _take(self, connection: Connection) -> None:
+    async def _take(self, connection: Connection, *, resumed: bool) -> None:
         """Receive and acknowledge until the connection is lost; what was started is finished first."""
         unacked: _Unacked = asyncio.Queue(self._options.session.receive_maximum)
         name = self._options.name
         tasks = [
             asyncio.create_task(self._ack_loop(connection, unacked), name=f"ack-{name}"),
             asyncio.create_task(self._receive_loop(connection, unacked), name=f"take-{name}"),
-            asyncio.create_task(self._marker_loop(connection), name=f"marker-{name}"),
+            asyncio.create_task(self._marker_loop(connection, resumed=resumed), name=f"marker-{name}"),
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -205,12 +228,13 @@ class Intake:
         self._news.set()
         return self._handle(delivery, FOREVER_NS if delivery.retain else wait_ns)
 
-    async def _marker_loop(self, connection: Connection) -> None:
+    async def _marker_loop(self, connection: Connection, *, resumed: bool) -> None:
         """Subscribe; then send a marker whenever the broker may have held something back, and from time to time.
 
         What a resumed session kept for us comes before the SUBACK, so it is taken meanwhile.
         """
-        await connection.subscribe([*self._options.subscribed, self._marker_topic])
+        wanted = [*self._options.subscribed, self._marker_topic]
+        await self._subscriptions.renew(connection, wanted, resumed=resumed)
         self.connected = True
         log.info("intake.connected", extra={"session": self._options.name})
         while True:
@@ -250,7 +274,9 @@ class Intake:
         message = _message(delivery, wait_ns)
         if not delivery.malformed:
             self._inward.fixes.offer(message)
-        if not any(topics.matches(topic_filter, message.topic) for topic_filter in self._options.outgoing):
+        if not _any_matches(self._options.outgoing, message.topic):
+            if not _any_matches(self._options.fixes, message.topic):
+                self._drop_unasked()
             return
         key = self._key(delivery)
         if delivery.dup and key is not None and self._inward.committer.ledger.recorded(key):
@@ -258,10 +284,15 @@ class Intake:
         async with self._inward.line.turns.deciding():
             entry = await self._committed(message, key, malformed=delivery.malformed)
         self.durable.observe((boot_ns() - message.monotonic_ns) / SECOND)
-        if isinstance(entry, Store):
-            self._inward.board.wake(entry.record.route)
-            if entry.record.state is State.HELD:
-                self._inward.fixes.arrived.set()  # a fix may have come between the decision and the commit
+        if isinstance(entry, Store) and entry.record.state is State.HELD:
+            # a fix that came between the decision and the commit has not been looked at with it
+            self._inward.fixes.look_again(entry.record.capture.monotonic_ns)
+
+    def _drop_unasked(self) -> None:
+        """Count it, and tell of it once a connection."""
+        if self.unasked == self._unasked_before:
+            log.warning("intake.unasked", extra={"session": self._options.name})
+        self.unasked += 1
 
     async def _committed(self, message: Message, key: IntakeKey | None, *, malformed: bool) -> Store | Refused:
         """What has become of the message, durable."""
@@ -283,6 +314,10 @@ class Intake:
         digest = hashlib.blake2b(delivery.payload, digest_size=16, person=b"intake")
         digest.update(delivery.topic.encode())
         return IntakeKey(session=self._options.name, mid=delivery.mid, digest=digest.digest(), redelivered=delivery.dup)
+
+
+def _any_matches(filters: Sequence[str], topic: str) -> bool:
+    return any(topics.matches(topic_filter, topic) for topic_filter in filters)
 
 
 def _message(delivery: Delivery, wait_ns: int) -> Message:

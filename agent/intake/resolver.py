@@ -1,5 +1,6 @@
 """Deciding again: about held records when later fixes have narrowed the doubt, about all records under a new policy.
 
+Fixes cost what they settle: of what else is held no envelope is read, and what they say nothing about is not decided.
 A record keeps the regions and the class that it carries; it may lose regions by later fixes, and it never gains any.
 What an uplink has claimed is left to that uplink, which asks here when the policy no longer lets the record go.
 """
@@ -15,7 +16,7 @@ from contextlib import AbstractAsyncContextManager
 
 from agent.errors import EnvelopeError, LedgerStalledError
 from agent.intake.intake import Inward
-from agent.messages import Hold, Publish, Record, Refuse, State, Whereabouts
+from agent.messages import Held, Hold, Publish, Record, Refuse, State, Whereabouts
 from agent.store.entries import Entry, Redecided, Released, Spooled, Withdrawn
 
 log = logging.getLogger(__name__)
@@ -35,24 +36,46 @@ class Resolver:
         """Returns only by cancelling, which is safe: an unfinished pass is begun again."""
         while True:
             await self._inward.fixes.arrived.wait()
-            self._inward.fixes.arrived.clear()
-            try:
+            with contextlib.suppress(LedgerStalledError):  # the disk does not answer now: begin again later
                 await self._pass()
-            except LedgerStalledError:
-                self._inward.fixes.arrived.set()  # the disk does not answer now: begin again later
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def _pass(self) -> None:
-        after = 0
-        while rows := await self._inward.committer.call(lambda ledger: ledger.held(limit=PAGE, after=after)):  # noqa: B023 - awaited at once
-            after = rows[-1].key
+        fixes = self._inward.fixes
+        since_ns, after = fixes.taken(), 0
+        try:
+            while rows := await self._held(since_ns, after):
+                after = rows[-1].key
+                await self._narrow([row.key for row in rows if self._settled(row)])
+        except BaseException:
+            fixes.look_again(since_ns)
+            raise
+
+    async def _held(self, since_ns: int, after: int) -> list[Held]:
+        """The next of the held records that fixes may say something about, captured at `since_ns` or later."""
+        boot_id = self._inward.line.pipeline.identity.boot_id
+        return await self._inward.committer.call(
+            lambda ledger: ledger.held(boot_id=boot_id, since_ns=since_ns, limit=PAGE, after=after)
+        )
+
+    def _settled(self, held: Held) -> bool:
+        """Whether fixes have narrowed its doubt so far that it no longer has to wait."""
+        pipeline = self._inward.line.pipeline
+        whereabouts = pipeline.narrowed(held)
+        return whereabouts is not None and not isinstance(pipeline.verdict(held, whereabouts), Hold)
+
+    async def _narrow(self, keys: Sequence[int]) -> None:
+        """Decide again about these held records."""
+        while keys:
             async with self._inward.line.turns.deciding():
+                rows = await self._inward.committer.call(lambda ledger: ledger.keyed(keys))  # noqa: B023 - awaited at once
                 await self._change(rows, self._narrowed)
+            keys = [key for key in keys if rows and key > rows[-1].key]
 
     async def review(self) -> tuple[int, int]:
         """Decide again about every record that is in the car now. Safe to cancel and repeat.
 
-        How many changed, and how many would have to but are claimed.
+        How many changed, and how many would have to, or are about to, but are claimed.
         """
         return await self._all(self.again, self._inward.line.turns.deciding)
 
@@ -76,12 +99,14 @@ class Resolver:
         """Page by page, up to the record that is the last one now: what comes later is decided as it comes."""
         after, last, changed, left = 0, self._inward.committer.ledger.last_key, 0, 0
         while after < last:
-            rows = await self._inward.committer.call(lambda ledger: ledger.spooled(limit=PAGE, after=after))  # noqa: B023 - as above
-            after = rows[-1].key if rows else last
             async with turn():
+                rows = await self._inward.committer.call(lambda ledger: ledger.spooled(limit=PAGE, after=after))  # noqa: B023 - as above
                 free = [row for row in rows if row.record.id not in self._inward.board.claimed]
-                left += sum(decide(row.record) is not None for row in rows if row not in free)
+                claimed = (row.record for row in rows if row not in free)
+                # a held one is being decided about elsewhere, and to release it here would use a sequence number up
+                left += sum(record.state is State.HELD or decide(record) is not None for record in claimed)
                 changed += await self._change(free, decide)
+            after = rows[-1].key if rows else last
         return changed, left
 
     async def _change(self, rows: Sequence[Spooled], decide: Callable[[Record], Entry | None]) -> int:

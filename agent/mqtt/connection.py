@@ -67,7 +67,7 @@ class Connection:
         self._inbox = Inbox(queue_limit, queue_bytes)
         self._connack: asyncio.Future[bool] = self._loop.create_future()
         self._pubacks: dict[int, asyncio.Future[Puback]] = {}
-        self._subacks: dict[int, asyncio.Future[list[ReasonCode]]] = {}
+        self._subacks: dict[int, asyncio.Future[list[ReasonCode]]] = {}  # and UNSUBACKs
         self._misc: asyncio.Task[None] | None = None
         self._handed = (0, 0)  # bytes that the kernel has been given, and after how many writes
         self.closed: asyncio.Future[str] = self._loop.create_future()
@@ -90,7 +90,7 @@ class Connection:
         client.on_disconnect = self._on_disconnect
         client.on_incoming = self._on_incoming
         client.on_puback = self._on_puback
-        client.on_subscribe = self._on_subscribe
+        client.on_subscribe = client.on_unsubscribe = self._on_suback
         return client
 
     async def open(self) -> bool:
@@ -114,14 +114,23 @@ class Connection:
             result, mid = self._client.subscribe([(name, options) for name in filters])
         else:
             result, mid = self._client.subscribe([(name, 1) for name in filters])
-        if result != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
-            raise EndpointError(f"SUBSCRIBE: {result}")
-        self._subacks[mid] = self._loop.create_future()
-        async with asyncio.timeout(SUBSCRIBE_SECONDS):
-            codes = await self._subacks[mid]
+        codes = await self._suback("SUBSCRIBE", result, mid)
         refused = [name for name, code in zip(filters, codes, strict=True) if code.is_failure]
         if refused:
             raise EndpointError(f"the broker refuses to let us subscribe to {', '.join(refused)}")
+
+    async def unsubscribe(self, filters: Sequence[str]) -> bool:
+        """End these subscriptions, as far as there are any; whether the broker did. Raises EndpointError."""
+        result, mid = self._client.unsubscribe(list(filters))
+        codes = await self._suback("UNSUBSCRIBE", result, mid)  # MQTT 3.1.1 has none: it is done
+        return not any(code.is_failure for code in codes)
+
+    async def _suback(self, packet: str, result: MQTTErrorCode, mid: int | None) -> list[ReasonCode]:
+        if result != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
+            raise EndpointError(f"{packet}: {result}")
+        self._subacks[mid] = self._loop.create_future()
+        async with asyncio.timeout(SUBSCRIBE_SECONDS):
+            return await self._subacks[mid]
 
     async def receive(self) -> Delivery:
         """The next message; raises EndpointError once the connection is closed. Cancelling loses nothing."""
@@ -272,7 +281,7 @@ class Connection:
         if future is not None and not future.done():
             future.set_result(Puback(code=code))
 
-    def _on_subscribe(self, _client: Client, _userdata: object, mid: int, codes: list[ReasonCode], _: object) -> None:
+    def _on_suback(self, _client: Client, _userdata: object, mid: int, codes: list[ReasonCode], _: object) -> None:
         self._transport.packets += 1
         future = self._subacks.pop(mid, None)
         if future is not None and not future.done():

@@ -68,16 +68,20 @@ class PositionHistory:
     def __len__(self) -> int:
         return sum(map(len, self._tracks))
 
-    def add(self, fix: Fix) -> None:
-        """Take a fix in. One that is impossible, repeated or before all memory says nothing, and is counted."""
+    def add(self, fix: Fix) -> int | None:
+        """Take a fix in; since when (monotonic ns) captures may have other discs now: all before have the same.
+
+        One that is impossible, repeated or before all memory says nothing (None), and is counted.
+        """
         key = (fix.time_ns, fix.latitude, fix.longitude)
         forgotten = self._forgotten_ns is not None and fix.monotonic_ns <= self._forgotten_ns
         if forgotten or key in self._recent or not _plausible(fix, self._limits.max_accuracy_m):
             self.rejected += 1
-            return
+            return None
         self._recent.append(key)
         self._join(self._sighting(fix))
-        self._bound()
+        oldest_ns, since_ns = min(track.first_ns for track in self._tracks), self._disputed_since(fix.monotonic_ns)
+        return (oldest_ns if self._bound() else since_ns) - self._limits.max_age_ns
 
     def discs(self, capture: Capture) -> tuple[Disc, ...]:
         """Discs that each contain the car at the capture, as promised above; () where nothing can be said."""
@@ -128,6 +132,14 @@ class PositionHistory:
             for track in fitting:
                 track.merged_ns = sighting.monotonic_ns
 
+    def _disputed_since(self, moment_ns: int) -> int:
+        """This moment, or since when there has been more than one track that a fix of this moment may lengthen.
+
+        Which of two goes on after the other decides about all the time in which both were there.
+        """
+        going_on = (track for track in self._tracks if track.last_ns >= moment_ns - self._limits.max_age_ns)
+        return min([moment_ns, *sorted(track.first_ns for track in going_on)[1:2]])
+
     def _fits(self, sighting: Sighting, track: Track) -> bool:
         limits = self._limits
         if not track.speaks_for(sighting.monotonic_ns):
@@ -171,9 +183,9 @@ class PositionHistory:
             for sighting in sightings
         ]
 
-    def _bound(self) -> None:
-        """Keep to the limits: thin the longest track, forget the oldest time."""
-        newest = max(track.last_ns for track in self._tracks)
+    def _bound(self) -> bool:
+        """Keep to the limits: thin the longest track, forget the oldest time; whether a fix went."""
+        newest, number = max(track.last_ns for track in self._tracks), len(self)
         if len(self._tracks) > self._limits.tracks:
             self._forget(min(track.last_ns for track in self._tracks))
         if min(track.first_ns for track in self._tracks) < newest - 2 * self._limits.horizon_ns:
@@ -183,6 +195,7 @@ class PositionHistory:
             max(self._tracks, key=len).thin(self._limits.max_age_ns // 8)
             if len(self) == before:
                 self._forget(min(track.first_ns for track in self._tracks))
+        return len(self) < number
 
     def _forget(self, until_ns: int) -> None:
         """Drop everything up to a moment; captures that would have needed it get no discs."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
@@ -114,25 +113,13 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 - argparse names no pub
         examples = [call for call in calls if f" {name} " in call]
         command = usage.add(actions, name, text, epilog=usage.epilog(examples, failed=FAILED))
         command.add_argument("ledger", type=Path, metavar="LEDGER", help="the ledger's database file")
-        command.set_defaults(run=run, action=action)
+        command.set_defaults(run=action)
     command.add_argument("--key", type=Path, metavar="PEM", help="public key that must have signed the seal")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run one action; the exit status."""
-    if not arguments.ledger.is_file():
-        msg = f"{arguments.ledger}: there is no ledger"
-        raise LedgerError(msg)
-    return int(arguments.action(arguments))
-
-
 def _export(arguments: argparse.Namespace) -> int:
-    try:
-        for row in export(arguments.ledger):
-            sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough; what Python flushes at its end must go somewhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for row in export(arguments.ledger):
+        sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
     return 0
 
 

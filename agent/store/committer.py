@@ -6,6 +6,7 @@ Invariants
   that stores that wait for disk space never hold back the deliveries that make it.
 - While the disk is full or failing, entries stay queued in their order and are tried again; nobody is told otherwise.
 - All calls of the ledger, reads included, run on the one thread.
+- Who asked to hear of stored records does so in their order, and before the result of any call that came after.
 - Deliveries alone wait up to `company_s` for a transaction that is made anyway, such as the next store's. A crash
   meanwhile makes their records go out again, so they wait no longer, and not at all while somebody is in a hurry.
 """
@@ -22,6 +23,7 @@ from typing import Self, TypeVar
 
 from agent.alarm import rung
 from agent.errors import LedgerCorruptError, LedgerEntryError, LedgerError, LedgerStalledError
+from agent.messages import Record
 from agent.store.entries import MIB, Delivered, Ending, Entry, Redecided, Released, Store, SweepResult
 from agent.store.ledger import Ledger
 from agent.store.queue import Queue, Submission, Waiting
@@ -67,12 +69,17 @@ class Committer:
         self._hurried = 0
         self._closing = False
         self._sweep_stalled: str | None = None
+        self._stored: Callable[[Record], None] = lambda _: None
         self._task: asyncio.Task[None] | None = None
 
     @property
     def ledger(self) -> Ledger:
         """For what the ledger allows on every thread: `recorded` and `last_key`."""
         return self._ledger
+
+    def on_stored(self, tell: Callable[[Record], None]) -> None:
+        """Call `tell` with each record that has become durable, from now on."""
+        self._stored = tell
 
     @property
     def stalled(self) -> str | None:
@@ -226,7 +233,7 @@ class Committer:
         while batch:
             entries = [waiting.entry for waiting in batch]
             try:
-                await self.call(lambda ledger, entries=entries: ledger.commit(entries))  # type: ignore[misc]
+                arrived = await self.call(lambda ledger, entries=entries: ledger.commit(entries))  # type: ignore[misc]
             except LedgerEntryError as exc:
                 wrong = batch.pop(exc.index)
                 await wrong.queue.settle([wrong], exc)
@@ -240,6 +247,8 @@ class Committer:
                 await self._settle(batch, LedgerError("the ledger's thread failed"))
                 raise
             else:
+                for record in arrived:
+                    self._stored(record)
                 await self._settle(batch)
                 return
 

@@ -21,12 +21,15 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from agent.clock import Moment
 from agent.errors import LedgerStalledError
-from agent.messages import Priority, Record, State
+from agent.messages import Held, Priority, Record, State
 from agent.store import retention, tally, upkeep
+from agent.store.aside import Opened, begin_salvage, connect, end_salvage
 from agent.store.blobs import Blobs
 from agent.store.books import Books, forget_empty_lanes, load, read_cells
 from agent.store.entries import (
@@ -44,10 +47,12 @@ from agent.store.entries import (
 from agent.store.reserve import Reserve
 from agent.store.salvage import salvage
 from agent.store.spool import Spool, oldest, serves
-from agent.store.storage import Opened, beside, connect, lock, read_only, translated
+from agent.store.storage import beside, lock, read_only, translated
 from agent.store.transaction import Transaction
 
-SWEEP_RECORDS = 1000  # records that one sweep ends at most, so that it holds the thread for some 50 ms
+Taken = TypeVar("Taken", Held, Spooled)
+
+SWEEP_RECORDS = 1000  # records that one sweep ends or dates at most, so that it holds the thread for some 50 ms
 READ_BYTES = 8 * MIB
 DEFAULT_LIMITS = LedgerLimits()
 
@@ -107,31 +112,34 @@ class Ledger:
     def _recover(self) -> None:
         """Carry over what can be read of damaged files; notice that the journal lost what the seal remembers."""
         if self._aside is not None:
+            begin_salvage(self._path)
             self.incidents += (salvage(self._aside, self._transaction),)
+        end_salvage(self._path)
         problem, remembered = self._sealer.compare(self._books.head)
         self.incidents += (problem,) if problem else ()
         if remembered:
             self.commit([Noted(name="audit.rollback", value=remembered, time_ns=time.time_ns())])
         self._reserve.take()
 
-    def commit(self, entries: Sequence[Entry]) -> None:
-        """Make entries durable in one transaction.
+    def commit(self, entries: Sequence[Entry]) -> list[Record]:
+        """Make entries durable in one transaction; the records that they brought into the car.
 
         LedgerStalledError: full or failing disk, try again later. LedgerEntryError: one contradicts the ledger.
         What ends records, and what is noted before deliveries can begin, takes the reserve when the disk is full.
         """
         try:
-            self._commit(entries)
+            return self._commit(entries)
         except LedgerStalledError:
             relieving = all(isinstance(entry, Ending | Noted) for entry in entries)
             if not relieving or not self._use_reserve():
                 raise
-            self._commit(entries)
+            return self._commit(entries)
 
-    def _commit(self, entries: Sequence[Entry]) -> None:
+    def _commit(self, entries: Sequence[Entry]) -> list[Record]:
         with self._transaction() as transaction:
             transaction.apply(entries)
             retention.make_room(self._connection, transaction, self._limits, latest_ns(entries))
+        return [*transaction.arrived.values()]
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Transaction]:
@@ -201,10 +209,18 @@ class Ledger:
         """Whether the last read of records ended at one of its bounds, so that there may be more."""
         return self._spool.cut
 
-    def held(self, *, limit: int, after: int = 0, max_bytes: int = READ_BYTES) -> list[Spooled]:
-        """Held records by arrival, keys above `after`."""
+    def held(self, *, boot_id: str, since_ns: int, limit: int, after: int = 0) -> list[Held]:
+        """What is held, by arrival, keys above `after`; no envelope is read.
+
+        Only what was captured in the boot `boot_id`, and not before `since_ns` (CLOCK_BOOTTIME).
+        """
         with translated(self._path):
-            return self._checked(self._spool.take(self._spool.held(after), limit, max_bytes))
+            return self._checked(list(islice(self._spool.held(boot_id, since_ns, after), limit)))
+
+    def keyed(self, keys: Collection[int], *, max_bytes: int = READ_BYTES) -> list[Spooled]:
+        """The records with these keys that are pending or held, by arrival; one at least, others up to `max_bytes`."""
+        with translated(self._path):
+            return self._checked(self._spool.take(self._spool.keyed(keys), len(keys), max_bytes))
 
     def spooled(self, *, limit: int, after: int = 0, max_bytes: int = READ_BYTES) -> list[Spooled]:
         """Pending and held records by arrival, keys above `after`."""
@@ -217,7 +233,7 @@ class Ledger:
             found = self._checked(self._spool.take(self._spool.named(name), 1, READ_BYTES))
         return found[0].record if found else None
 
-    def _checked(self, taken: list[Spooled]) -> list[Spooled]:
+    def _checked(self, taken: list[Taken]) -> list[Taken]:
         """End the records whose envelopes turned out to be lost, so that nothing waits for them for ever."""
         damaged, self._spool.damaged = self._spool.damaged, []
         if damaged:
@@ -259,20 +275,20 @@ class Ledger:
     def sweep(self, now_ns: int | None, *, monotonic_ns: int = 0, boot_id: str = "") -> SweepResult:
         """Expire, seal and bound the audit chain, give space back; call it every few seconds. Works on a full disk.
 
-        `now_ns` None: the clock is not to be trusted, nothing expires. With `boot_id` and `monotonic_ns`
-        (CLOCK_BOOTTIME), a record of this boot expires only when it is as old as its TTL on that clock too, so that a
-        wall clock that jumps ahead ends nothing.
+        `now_ns` None, or a clock that is not set: nothing expires. With `boot_id` and `monotonic_ns` (CLOCK_BOOTTIME),
+        a record of this boot expires only when it is as old as its TTL on that clock too, so that a wall clock that
+        jumps ahead ends nothing. What was made before the clock was set is dated first (`lifetime`).
         """
         now = None
         if now_ns is not None:
             now = Moment(time_ns=now_ns, monotonic_ns=monotonic_ns, boot_id=boot_id)
         before = self.counts()
         try:
-            self._end_old(now)
+            due = self._end_old(now)
         except LedgerStalledError:
             if not self._use_reserve():
                 raise
-            self._end_old(now)
+            due = self._end_old(now)
         with translated(self._path):
             upkeep.remove_strays(self._connection, self._blobs)
             freed = upkeep.give_space_back(self._connection, self._path)
@@ -280,18 +296,20 @@ class Ledger:
             self._sealer.seal(self._books.head, now=False)
         after = self.counts()
         expired, evicted = after.expired - before.expired, after.evicted - before.evicted
-        more = expired >= SWEEP_RECORDS or evicted >= retention.EVICT_RECORDS
+        more = due >= SWEEP_RECORDS or evicted >= retention.EVICT_RECORDS
         return SweepResult(expired=expired, evicted=evicted, freed_bytes=freed, more=more)
 
-    def _end_old(self, now: Moment | None) -> None:
-        time_ns = time.time_ns() if now is None else now.time_ns
+    def _end_old(self, now: Moment | None) -> int:
+        """How many records were due."""
+        time_ns, due = (time.time_ns() if now is None else now.time_ns), 0
         with self._transaction() as transaction:
             if now is not None:
-                retention.expire(self._connection, transaction, now, SWEEP_RECORDS)
+                due = retention.expire(self._connection, transaction, now, SWEEP_RECORDS)
             retention.make_room(self._connection, transaction, self._limits, time_ns)
             drop = upkeep.droppable_audit(self._connection, self._books, self._limits.audit_bytes, self._sealer.sealed)
             if drop is not None:
                 transaction.drop_audit(*drop, time_ns)
+        return due
 
     def seal_with(self, sign: Callable[[bytes], bytes] | None) -> None:
         """Sign the audit head with another key from now on."""

@@ -1,4 +1,4 @@
-"""What leaves the ledger without having been delivered: expiry at the TTL, eviction at a byte limit.
+"""What leaves the ledger without having been delivered: expiry at the TTL (`lifetime`), eviction at a byte limit.
 
 Eviction takes the least urgent records first and among these the oldest, only from the lane that is above its limit,
 or from all lanes where the whole spool is. Every one is counted and audited. Both run inside a caller's transaction.
@@ -13,10 +13,9 @@ from collections.abc import Collection, Iterator, Mapping
 
 from agent.clock import Moment
 from agent.messages import Priority, State
-from agent.store import tally
+from agent.store import lifetime, tally
 from agent.store.entries import LedgerLimits
 from agent.store.lanes import Gone, Lane
-from agent.store.spool import OVERDUE, overdue_at
 from agent.store.transaction import Transaction
 
 LIMIT = "ledger.limit"
@@ -25,18 +24,23 @@ DAMAGED = "ledger.damaged"
 EVICT_RECORDS = 10_000  # per transaction: more than one can add; only limits that were lowered need several
 
 # `record_order` tells which are due: 100,000 records are looked through in 20 ms, so no index is kept for it.
-_OLD = f"""SELECT key, id, lane, priority, class, size, file FROM record INDEXED BY record_order
-    WHERE {OVERDUE} LIMIT ?"""  # noqa: S608 - a constant
+_OLD = f"""SELECT key, id, lane, priority, class, size, file, {lifetime.UNDATED}, {lifetime.MADE_NS}
+    FROM record INDEXED BY record_order WHERE {lifetime.DUE} LIMIT ?"""  # noqa: S608 - constants
 _NAMED = "SELECT key, id, lane, priority, class, size, file FROM record WHERE key = ?"
 _OLDEST = """SELECT key, id, lane, priority, class, size, file FROM record
     WHERE lane = ? AND priority = ? AND key > ? ORDER BY key LIMIT ?"""
 
 
 def expire(connection: sqlite3.Connection, transaction: Transaction, now: Moment, limit: int) -> int:
-    """End up to `limit` records whose time has come; how many."""
-    rows = connection.execute(_OLD, (*overdue_at(now), limit)).fetchall()
+    """End records whose time has come, and date those without a date; how many, up to `limit`."""
+    arguments = lifetime.arguments(now)
+    rows = connection.execute(_OLD, (*arguments, *arguments, limit)).fetchall()
     for row in rows:
-        transaction.remove(row, State.EXPIRED, TTL, now.time_ns)
+        gone, (undated, made_ns) = row[:7], row[7:]
+        if undated:
+            transaction.date(gone, made_ns, now.time_ns)
+        else:
+            transaction.remove(gone, State.EXPIRED, TTL, now.time_ns)
     return len(rows)
 
 

@@ -3,7 +3,8 @@
 Invariants
 - Conservation holds across the loss: the old counters are carried over with every record that was in the car counted as
   evicted (`ledger.set-aside`), and each record that is read again moves back to where it was, in one transaction each.
-- Only records whose CRC-32 fits are taken. The old files are only read.
+- Only records whose CRC-32 fits are taken. The old files are only read, large envelopes copied, so that a salvage which
+  was cut off can be made again from the beginning (`aside`).
 - The work ends at `SECONDS`, at a full disk, or when everything was tried: the new ledger opens in any case.
 """
 

@@ -14,15 +14,13 @@ from operator import itemgetter
 from typing import Any
 
 from agent.clock import Moment
-from agent.messages import Basis, Capture, Priority, Record, State
+from agent.messages import Basis, Capture, Held, Priority, Record, State
 from agent.store.blobs import Blobs
 from agent.store.books import Books
 from agent.store.entries import Spooled
 from agent.store.lanes import Lane
+from agent.store.lifetime import OVERDUE, arguments
 from agent.store.storage import NonsenseError
-
-# A record of this boot must also have reached its age on the clock that does not jump.
-OVERDUE = "expires_ns <= ? AND NOT (boot = ? AND monotonic_ns + expires_ns - recorded_ns > ?)"
 
 _IN_LANE = f"""SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
@@ -30,14 +28,19 @@ _IN_LANE = f"""SELECT key, id, lane, priority, class, expires_ns, recorded_ns, s
 _ALL = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
     WHERE key > ? AND key <= ? ORDER BY key"""
+_KEYED = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
+    time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
+    WHERE key IN ({}) ORDER BY key"""
+_HELD = """SELECT key, lane, basis, class, topic, time_ns, monotonic_ns, doubt_ns, boot FROM record
+    WHERE lane = ? AND priority = ? AND key > ? AND boot = ? AND monotonic_ns >= ? ORDER BY key"""
 _NAMED = """SELECT key, id, lane, priority, class, expires_ns, recorded_ns, sequence, basis, topic,
     time_ns, monotonic_ns, doubt_ns, boot, crc, file, envelope FROM record
     WHERE id = ?"""
 _TYPES = (int, str, int, int, str, int, int, int, str, str, int, int, int, str, int)  # of the columns up to crc
+_HELD_TYPES = (int, int, str, str, str, int, int, int, str)
 _BASES = frozenset(Basis)
 _PRIORITIES = frozenset(Priority)
 _NO_LIMIT = (1 << 63) - 1
-_NEVER = -(1 << 63)  # a time at which nothing has expired
 
 Rows = Iterator[tuple[Any, ...]]
 
@@ -54,11 +57,6 @@ def oldest(connection: sqlite3.Connection) -> dict[State, int]:
     return {State.HELD if held else State.PENDING: first for held, first in rows if isinstance(first, int)}
 
 
-def overdue_at(now: Moment | None) -> tuple[int, str, int]:
-    """The arguments of `OVERDUE`; None: nothing is overdue."""
-    return (now.time_ns, now.boot_id, now.monotonic_ns) if now is not None else (_NEVER, "", 0)
-
-
 def serves(route: str, endpoint: str, down: Collection[str]) -> bool:
     """Whether a record with this route is for `endpoint` now: every endpoint before it is down."""
     for name in route.split("\n"):
@@ -67,6 +65,10 @@ def serves(route: str, endpoint: str, down: Collection[str]) -> bool:
         if name not in down:
             return False
     return False
+
+
+def _parts(joined: str, by: str) -> tuple[str, ...]:
+    return tuple(joined.split(by)) if joined else ()
 
 
 class Spool:
@@ -96,18 +98,36 @@ class Spool:
         last = _NO_LIMIT if until is None else until
         return heapq.merge(*(self._rows(lane, priorities, after, last, now) for lane in lanes), key=itemgetter(3, 0))
 
-    def _rows(
-        self, lane: int, priorities: Iterable[Priority], after: int, last: int, now: Moment | None = None
-    ) -> Rows:
+    def _rows(self, lane: int, priorities: Iterable[Priority], after: int, last: int, now: Moment | None) -> Rows:
         """By priority and key, as the index has them: one statement, and no row is read before it is wanted."""
         levels = ", ".join(str(int(priority)) for priority in priorities)
-        return self._connection.execute(_IN_LANE.format(levels), (lane, after, last, *overdue_at(now)))
+        return self._connection.execute(_IN_LANE.format(levels), (lane, after, last, *arguments(now)))
 
-    def held(self, after: int) -> Rows:
-        """Rows of records without a route, by arrival."""
-        lanes = [number for (_, route), number in self._books.lanes.items() if not route]
-        rows = (self._rows(lane, [priority], after, _NO_LIMIT) for lane in lanes for priority in Priority)
-        return heapq.merge(*rows, key=itemgetter(0))
+    def held(self, boot_id: str, since_ns: int, after: int) -> Iterator[Held]:
+        """Records without a route, by arrival, captured in this boot and not before `since_ns` (monotonic)."""
+        lanes = {number: regions for (regions, route), number in self._books.lanes.items() if not route}
+        rows = (
+            self._connection.execute(_HELD, (lane, priority, after, boot_id, since_ns))
+            for lane in lanes
+            for priority in Priority
+        )
+        for row in heapq.merge(*rows, key=itemgetter(0)):
+            key, lane, basis, data_class, topic, time_ns, monotonic_ns, doubt_ns, boot = row
+            if tuple(map(type, row)) != _HELD_TYPES or basis not in _BASES:
+                self.damaged.append(key)
+                continue
+            yield Held(
+                key=key,
+                regions=_parts(lanes[lane], ","),
+                basis=Basis(basis),
+                data_class=data_class,
+                topic=topic,
+                capture=Capture(time_ns=time_ns, monotonic_ns=monotonic_ns, doubt_ns=doubt_ns, boot_id=boot),
+            )
+
+    def keyed(self, keys: Iterable[int]) -> Rows:
+        """The rows of these records, as far as they are here, by arrival."""
+        return self._connection.execute(_KEYED.format(", ".join(map(str, keys))))
 
     def between(self, after: int, until: int = _NO_LIMIT) -> Rows:
         """All rows by arrival; keys in (`after`, `until`]."""
@@ -140,7 +160,7 @@ class Spool:
         return taken
 
     def _spooled(self, row: tuple[Any, ...], lane: Lane) -> Spooled | None:
-        regions, route = (tuple(part.split(by)) if part else () for part, by in zip(lane, (",", "\n"), strict=True))
+        regions, route = (_parts(part, by) for part, by in zip(lane, (",", "\n"), strict=True))
         (key, name, _, priority, data_class, expires, recorded, sequence, basis, topic, *moment, crc, file, data) = row
         envelope = data if file is None else self._read(file)
         if tuple(map(type, row[:15])) != _TYPES or basis not in _BASES or priority not in _PRIORITIES:

@@ -1,15 +1,14 @@
-"""The ledger's files: opening, locking, migrating, and setting aside what is damaged.
+"""The ledger's files: opening, locking, migrating, and finding what is damaged (`aside` sets it aside).
 
 Invariants
 - One process at a time writes: an advisory lock on `<name>.lock` is held from opening to closing.
-- A damaged file is never a reason not to start: database, journal, spool files and seal are renamed to
-  `<name>.corrupt-<n>...`, and new ones begun. Only the last one set aside is kept.
 - A file of a newer schema is refused and left alone; one of an older schema is migrated in one transaction.
 - What is checked at the start is bounded: file size against header, the schema, the small tables. Damage that shows
   later leaves a mark (`<name>.suspect`), and the next start checks the whole file.
 
 Layout beside the database `<name>`: `<name>-wal` and `<name>-shm` (SQLite), `<name>.files/` (large envelopes),
-`<name>.seal` (sealed audit head), `<name>.reserve` (`reserve`), `<name>.lock`, `<name>.suspect`.
+`<name>.seal` (sealed audit head), `<name>.reserve` (`reserve`), `<name>.lock`, `<name>.suspect`; `<name>.salvage` and
+`<name>.corrupt-<n>...` (`aside`).
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from agent.errors import LedgerCorruptError, LedgerError, LedgerStalledError
 from agent.store.blobs import sync_directory
@@ -98,12 +95,25 @@ Loaded = TypeVar("Loaded")
 class NonsenseError(sqlite3.DatabaseError):
     """The file is a sound database that holds what no ledger writes."""
 
-    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-
 
 def beside(path: Path, suffix: str) -> Path:
     """A file of the ledger's family."""
     return path.with_name(path.name + suffix)
+
+
+def is_damage(exc: sqlite3.Error) -> bool:
+    """Whether the file is damaged, or holds nonsense."""
+    return _code(exc) in _DAMAGE
+
+
+def _code(exc: sqlite3.Error) -> int:
+    return sqlite3.SQLITE_CORRUPT if _is_nonsense(exc) else getattr(exc, "sqlite_errorcode", 0) & 0xFF
+
+
+def _is_nonsense(exc: sqlite3.Error) -> bool:
+    """Whether a check by SQLite would not find it; text that is no UTF-8 is an error of Python's, without a code."""
+    no_text = isinstance(exc, sqlite3.OperationalError) and not hasattr(exc, "sqlite_errorcode")
+    return no_text or isinstance(exc, NonsenseError)
 
 
 @contextlib.contextmanager
@@ -112,13 +122,12 @@ def translated(path: Path, *, mark: bool = True) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as exc:
-        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
-        if code in _DAMAGE:
+        if is_damage(exc):
             if mark:
                 _mark(path, exc)
             msg = f"{path}: damaged: {exc}"
             raise LedgerCorruptError(msg) from exc
-        kind = LedgerStalledError if code in _DISK else LedgerError
+        kind = LedgerStalledError if _code(exc) in _DISK else LedgerError
         msg = f"{path}: {exc}"
         raise kind(msg) from exc
     except OSError as exc:
@@ -129,7 +138,7 @@ def translated(path: Path, *, mark: bool = True) -> Iterator[None]:
 
 def _mark(path: Path, exc: sqlite3.Error) -> None:
     with contextlib.suppress(OSError):
-        beside(path, ".suspect").write_text(NONSENSE if isinstance(exc, NonsenseError) else "")
+        beside(path, ".suspect").write_text(NONSENSE if _is_nonsense(exc) else "")
 
 
 def lock(path: Path) -> int:
@@ -144,37 +153,7 @@ def lock(path: Path) -> int:
     return file
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opened(Generic[Loaded]):
-    """An open database, what `load` read from it, and where its damaged predecessor went, if there was one."""
-
-    connection: sqlite3.Connection
-    loaded: Loaded
-    aside: Path | None = None
-    incidents: tuple[str, ...] = ()
-
-
-def connect(path: Path, journal_bytes: int, load: Callable[[sqlite3.Connection], Loaded]) -> Opened[Loaded]:
-    """Open or create the database, its journal written back beyond `journal_bytes`, and `load` from it.
-
-    Damage, also where `load` finds nonsense (ValueError, TypeError), sets the files aside. sqlite3.Error, OSError or
-    LedgerError where that does not help.
-    """
-    try:
-        _check_size(path)
-        connection, loaded = _open_checked(path, journal_bytes, load)
-        return Opened(connection=connection, loaded=loaded)
-    except sqlite3.DatabaseError as exc:
-        if getattr(exc, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:
-            raise
-        why = str(exc)
-    aside = set_aside(path)
-    connection, loaded = _open_checked(path, journal_bytes, load)
-    incident = f"{path.name} set aside as {aside.name}: {why}"
-    return Opened(connection=connection, loaded=loaded, aside=aside, incidents=(incident,))
-
-
-def _check_size(path: Path) -> None:
+def check_size(path: Path) -> None:
     """Raise sqlite3.DatabaseError where the database is shorter than it says, before SQLite could pad it."""
     size = path.stat().st_size if path.exists() else 0
     if not size and beside(path, ".seal").exists():
@@ -196,15 +175,19 @@ def read_only(path: Path) -> Iterator[sqlite3.Connection]:
     LedgerError where the file cannot be read.
     """
     with translated(path, mark=False):
+        if not path.is_file():
+            msg = f"{path}: there is no ledger"
+            raise LedgerError(msg)
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
         with contextlib.closing(connection):
             connection.execute("PRAGMA query_only=ON")
             yield connection
 
 
-def _open_checked(
+def open_checked(
     path: Path, journal_bytes: int, load: Callable[[sqlite3.Connection], Loaded]
 ) -> tuple[sqlite3.Connection, Loaded]:
+    """Open, create or migrate, check, and `load`. sqlite3.Error, NonsenseError, OSError, LedgerError (newer schema)."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite gives its other files the same mode
     connection = sqlite3.connect(path, timeout=1, isolation_level=None, check_same_thread=False, cached_statements=64)
     try:
@@ -259,30 +242,3 @@ def _check(connection: sqlite3.Connection, path: Path) -> None:
         if found != "ok":
             raise NonsenseError(str(found))
     suspect.unlink(missing_ok=True)
-
-
-def set_aside(path: Path) -> Path:
-    """Rename the whole family of a damaged ledger, drop the one that was set aside before; the new name."""
-    taken = [int(file.name.rpartition("-")[2]) for file in _aside(path)]
-    target = beside(path, f".corrupt-{max(taken, default=0) + 1}")
-    for old in _aside(path):
-        _remove_family(old)
-    for suffix in (".reserve", "-shm", ".suspect"):
-        beside(path, suffix).unlink(missing_ok=True)
-    for suffix in ("-wal", ".files", ".seal", ""):
-        if beside(path, suffix).exists():
-            beside(path, suffix).replace(beside(target, suffix))
-    target.touch()
-    sync_directory(path.parent)
-    return target
-
-
-def _aside(path: Path) -> list[Path]:
-    prefix = path.name + ".corrupt-"
-    return [file for file in path.parent.glob(prefix + "*") if file.name[len(prefix) :].isdigit()]
-
-
-def _remove_family(target: Path) -> None:
-    shutil.rmtree(beside(target, ".files"), ignore_errors=True)
-    for suffix in ("-wal", "-shm", ".seal", ""):
-        beside(target, suffix).unlink(missing_ok=True)

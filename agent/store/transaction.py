@@ -42,15 +42,20 @@ TOO_LARGE = "ledger.too-large"
 
 _SELECT = """SELECT key, id, lane, priority, class, size, file, time_ns, monotonic_ns, doubt_ns, boot
     FROM record WHERE id = ?"""
+_DATE = "UPDATE record SET expires_ns = expires_ns - recorded_ns + ?, recorded_ns = ? WHERE key = ?"
 _COUNTER = """INSERT INTO counter VALUES {}
     ON CONFLICT DO UPDATE SET number = number + excluded.number, bytes = bytes + excluded.bytes"""
 
 
 class Transaction:
-    """Collects and writes the changes of one BEGIN .. COMMIT, which the caller owns."""
+    """Collects and writes the changes of one BEGIN .. COMMIT, which the caller owns.
+
+    `arrived`: the records, by id, that it brings into the car and leaves there as they came.
+    """
 
     def __init__(self, connection: sqlite3.Connection, books: Books, blobs: Blobs, limits: LedgerLimits) -> None:
         self.delta = Delta()
+        self.arrived: dict[str, Record] = {}
         self._execute = connection.execute
         self._connection = connection
         self._books = books
@@ -142,6 +147,7 @@ class Transaction:
         key = self._audit_record(what, record, record.recorded_ns, **facts)
         self._number(record)
         self._rows.insert(self._index, (*self._columns(record, key), key))
+        self.arrived[record.id] = record
         tally.step(self.delta.cells, record.state, subject_of(record))
 
     def _audit_record(self, what: str, record: Record, time_ns: int, **facts: object) -> int:
@@ -207,6 +213,7 @@ class Transaction:
     def _left(self, row: Row, state: State, counted: Mapping[str, str], time_ns: int, code: int | None = None) -> None:
         tally.step(self.delta.cells, row.state, row.subject, -1)
         tally.step(self.delta.cells, state, row.subject, marks=counted)
+        self.arrived.pop(row.id, None)
         if row.file is not None:
             self.delta.unneeded.append(row.file)
         facts: dict[str, object] = {"class": row.data_class, "candidates": row.lane[0], "code": code, **counted}
@@ -223,6 +230,7 @@ class Transaction:
         _check_change(record, row, found[7:])
         number = self._audit_record(what, record, time_ns, reason=reason)
         self._rows.update(row.key, self._columns(record, number))
+        self.arrived.pop(record.id, None)
         if row.file is not None:
             self.delta.unneeded.append(row.file)
         self._number(record)
@@ -235,6 +243,12 @@ class Transaction:
         self._execute("DELETE FROM record WHERE key = ?", (row.key,))
         self._left(row, state, {"reason": reason}, time_ns)
         return row.size
+
+    def date(self, gone: Gone, made_ns: int, time_ns: int) -> None:
+        """Say when a record was made, given its `GONE` columns; its time to live is as long as before."""
+        row = self._row(gone)
+        self._execute(_DATE, (made_ns, made_ns, row.key))
+        self._audit("dated", time_ns, id=row.id, value=str(made_ns))
 
     def drop_audit(self, base: audit.Head, freed: int, time_ns: int) -> None:
         """Drop the audit rows up to `base`, which take `freed` bytes, and say so in the chain."""

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 
 from agent.errors import EnvelopeError
 from agent.messages import Record
-from agent.mqtt.connection import Connection
-from agent.uplink.options import UplinkOptions
 from agent.uplink.outlet import Outlet
 from agent.uplink.parcels import BATCH_BYTES, Parcels, Room
 from agent.uplink.patience import Patience
-from agent.wire import batch
 
 READ_AHEAD = 4  # batches of records that are made ready, so that those of several topics are full
 PACKET_ROOM = 1024  # bytes of a PUBLISH beside its records, about; where it is more, they go one by one
@@ -25,18 +22,6 @@ class Loading:
         self.ready = Parcels(self._address)
         self._batch_records = batch_records
         self._patience = patience
-
-    def open(self, connection: Connection, options: UplinkOptions) -> Outlet:
-        """The outlet of a new connection."""
-        self.outlet = Outlet(
-            connection,
-            endpoint=options.name,
-            vehicle=options.vehicle,
-            topic=options.topic,
-            wire=options.wire,
-            compress=batch.compressor() if options.batch_compression == "zstd" else None,
-        )
-        return self.outlet
 
     def wanted(self, window: int) -> int:
         """How many records shall be ready where so many PUBLISHes may be in flight."""

@@ -12,13 +12,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
+from agent.clock import Moment
 from agent.errors import EnvelopeError
 from agent.messages import Record
 from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Outgoing, Puback
 from agent.policy import Cleared
+from agent.store.lifetime import left_ns
+from agent.uplink.options import UplinkOptions
 from agent.wire import addressing, batch, envelope
-from agent.wire.batch import Compress
 from agent.wire.envelope import Kept
 
 SECOND = 10**9
@@ -26,29 +28,17 @@ LONGEST_EXPIRY = 0xFFFF_FFFF  # MQTT 5.0, 3.3.2.3.3
 
 
 class Outlet:
-    """One connection to one endpoint, for records that were cleared for it. `topic` is the endpoint's template.
+    """One connection to one endpoint, for records that were cleared for it."""
 
-    `compress` makes the batches smaller; None: they go as they are.
-    """
-
-    def __init__(  # noqa: PLR0913 - an endpoint's own settings
-        self,
-        connection: Connection,
-        *,
-        endpoint: str,
-        vehicle: str,
-        topic: str,
-        wire: str,
-        compress: Compress | None = None,
-    ) -> None:
+    def __init__(self, connection: Connection, options: UplinkOptions) -> None:
         self._connection = connection
-        self._endpoint = endpoint
-        self._vehicle = vehicle
-        self._topic = topic
-        self._binary = wire == "binary"
-        self._compress = compress
+        self._endpoint = options.name
+        self._vehicle = options.vehicle
+        self._topic = options.topic
+        self._binary = options.wire == "binary"
+        self._compress = batch.compressor() if options.batch_compression == "zstd" else None
 
-    def publish(self, cleared: Cleared, now_ns: int) -> asyncio.Future[Puback]:
+    def publish(self, cleared: Cleared, now: Moment) -> asyncio.Future[Puback]:
         """Publish at QoS 1; the future gives the PUBACK, or our own one for a record that the endpoint cannot take."""
         self._check(cleared)
         record = cleared.record
@@ -58,11 +48,11 @@ class Outlet:
             payload=kept.data if self._binary else record.envelope,
             content_type=kept.texts.get("datacontenttype") if self._binary else envelope.CONTENT_TYPE,
             properties=envelope.pairs(kept.texts, kept.signature if self._binary else None),
-            expiry_s=_expiry_s([record], now_ns),
+            expiry_s=_expiry_s([record], now),
         )
         return self._connection.publish(outgoing)
 
-    def publish_batch(self, cleared: Sequence[Cleared], now_ns: int) -> asyncio.Future[Puback]:
+    def publish_batch(self, cleared: Sequence[Cleared], now: Moment) -> asyncio.Future[Puback]:
         """As `publish`, several records at once; the PUBACK is that of all of them."""
         for one in cleared:
             self._check(one)
@@ -76,7 +66,7 @@ class Outlet:
             payload=batch.pack([record.envelope for record in records], self._compress),
             content_type=batch.CONTENT_TYPE if self._compress is None else batch.ZSTD_CONTENT_TYPE,
             properties=[(batch.PROPERTY, regions)],
-            expiry_s=_expiry_s(records, now_ns),
+            expiry_s=_expiry_s(records, now),
         )
         return self._connection.publish(outgoing)
 
@@ -102,7 +92,7 @@ def _opened(record: Record) -> Kept:
     return kept
 
 
-def _expiry_s(records: Iterable[Record], now_ns: int) -> int:
+def _expiry_s(records: Iterable[Record], now: Moment) -> int:
     """Until the first of them expires."""
-    first_ns = min(record.expires_ns for record in records)
-    return min(max((first_ns - now_ns) // SECOND, 1), LONGEST_EXPIRY)
+    first_ns = min(left_ns(record, now) for record in records)
+    return min(max(first_ns // SECOND, 1), LONGEST_EXPIRY)

@@ -29,22 +29,27 @@ class Room(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Parcels:
-    """Records that wait to be sent. `address` is equal for records that may go together; None: this one goes alone."""
+    """Records that wait to be sent, and the `bytes` of their envelopes.
+
+    `address` is equal for records that may go together; None: this one goes alone.
+    """
 
     def __init__(self, address: Callable[[Record], Hashable | None]) -> None:
         self._address = address
         self._urgent: deque[Record] = deque()
         self._queues: dict[Hashable, list[Record]] = {}
         self._count = 0
+        self.bytes = 0
 
     def __len__(self) -> int:
         return self._count
 
     def put_first(self, urgent: Iterable[Record]) -> None:
         """These go before all others, behind urgent ones that wait already."""
-        before = len(self._urgent)
-        self._urgent.extend(urgent)
-        self._count += len(self._urgent) - before
+        for record in urgent:
+            self._urgent.append(record)
+            self._count += 1
+            self.bytes += len(record.envelope)
 
     def put(self, records: Iterable[Record]) -> None:
         """These go when it is their turn."""
@@ -53,11 +58,13 @@ class Parcels:
             key = (None, record.id) if address is None else (address,)
             self._queues.setdefault(key, []).append(record)
             self._count += 1
+            self.bytes += len(record.envelope)
 
     def take(self, room: Room) -> list[Record]:
         """The next parcel, at least one record; IndexError where nothing waits."""
         parcel = [self._urgent.popleft()] if self._urgent else self._next(room)
         self._count -= len(parcel)
+        self.bytes -= sum(len(record.envelope) for record in parcel)
         return parcel
 
     def clear(self) -> list[Record]:
@@ -65,7 +72,7 @@ class Parcels:
         waiting = [*self._urgent, *(record for queue in self._queues.values() for record in queue)]
         self._urgent.clear()
         self._queues.clear()
-        self._count = 0
+        self._count = self.bytes = 0
         return waiting
 
     def _next(self, room: Room) -> list[Record]:

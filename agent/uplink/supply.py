@@ -1,4 +1,11 @@
-"""What one connection sends next: read from the ledger a little at a time, and claimed so that nobody else takes it."""
+"""What one connection sends next: claimed so that nobody else takes it, and no more of it than may soon go.
+
+Invariants
+- A record comes from memory, as it was stored, where all that the ledger held for the endpoint before it has been read
+  or taken; otherwise from the ledger, in order. The committer tells of a stored record before it gives the result of a
+  later read: so after a read to the end, all that was refused before is among what was read.
+- Of each kind no more than READ_BYTES wait, or one record.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +46,8 @@ class Supply:
     """The records for one connection: urgent ones, then live ones, then the backlog's share.
 
     The backlog is what was in the ledger when the connection began. What was read to its end is read again only after
-    news, for each PUBACK wakes the uplink too; time alone frees some records (`Patience.aside`).
+    news, for each PUBACK wakes the uplink too; time alone frees some records (`Patience.aside`). From its making until
+    `give_back` it is offered what is stored.
     """
 
     def __init__(  # noqa: PLR0913 - where records come from, where they go, and all that decides which
@@ -59,29 +67,49 @@ class Supply:
         self._patience = patience
         self._shares = shares
         self._newest = committer.ledger.last_key
-        self._read_again = 0.0  # monotonic seconds; 0: there may be more
+        self._wanted = 0
+        self._level = False  # nothing in the ledger waits to be read, as far as was told
+        self._look_at = 0.0  # monotonic seconds
+        board.takers[endpoint] = self._take
 
     async def refill(self, wanted: int) -> None:
-        """Read and claim what may go next, when less than half of the wanted records are ready."""
+        """Read and claim what may go next, when less than half of the wanted records are ready; 0: nothing may."""
+        self._wanted = wanted
         if not wanted or len(self._ready) > wanted // 2:
             return
-        if time.monotonic() < self._read_again and self._endpoint not in self._board.news:
+        if self._level and time.monotonic() < self._look_at and self._endpoint not in self._board.news:
             return
-        self._read_again = 0.0
         try:
             found = await self._read(wanted - len(self._ready))
         except LedgerStalledError:
+            self._level = False
             return  # the disk does not answer now; the ledger says so in the status
-        if not found.more:
-            self._read_again = time.monotonic() + LOOK_SECONDS
+        self._level = not found.more
+        self._look_at = time.monotonic() + LOOK_SECONDS
         urgent, live, backlog = (self._claim(records) for records in (found.urgent, found.live, found.backlog))
         self._shares.live_sent(sum(len(record.envelope) for record in live))
         self._shares.backlog_sent(sum(len(record.envelope) for record in backlog))
         self._ready.put_first(urgent)
         self._ready.put(live + backlog)
 
+    def _take(self, record: Record) -> bool:
+        """Whether a record that was just stored goes from here; if not, it is read when it is its turn."""
+        size = len(record.envelope)
+        room = len(self._ready) < self._wanted and (not self._ready or self._ready.bytes + size <= READ_BYTES)
+        self._level = self._level and room
+        if not self._level or record.id in self._board.claimed:
+            return False
+        self._board.claimed.add(record.id)
+        self._shares.live_sent(size)
+        if record.priority is Priority.URGENT:
+            self._ready.put_first([record])
+        else:
+            self._ready.put([record])
+        return True
+
     def give_back(self) -> None:
         """Nothing more is sent: what is ready is free for others."""
+        self._board.takers.pop(self._endpoint, None)
         self._board.claimed.difference_update(record.id for record in self._ready.clear())
 
     async def _read(self, room: int) -> _Found:

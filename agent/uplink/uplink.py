@@ -4,6 +4,7 @@ Invariants:
 - A record is published only through an `Outlet`, which takes nothing but what `Policy.clear` made the moment before.
 - A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again, and what the
   socket still holds of it goes to nobody, however the connection ends.
+- A record whose time is up is not sent: the ledger gives none, and each is looked at again when its turn comes.
 - At most the endpoint's window is in flight, in PUBLISHes and in bytes; no record is in flight at two endpoints. What
   is said of the vehicle's presence counts: an endpoint may hang up on one PUBLISH above its Receive Maximum.
 - Urgent records go first; then live ones, with a share for the backlog, so that both always move (`shares`).
@@ -26,8 +27,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from agent import boot
 from agent.alarm import rung
 from agent.board import Board
+from agent.clock import Moment
 from agent.errors import AgentError, EndpointError, EnvelopeError, LedgerError, LedgerStalledError
 from agent.histogram import WAIT_SECONDS, Histogram
 from agent.messages import Record
@@ -99,7 +102,7 @@ class Uplink:
         self._loading = Loading(options.batch_records, self._patience)
         self._wake = board.stored.setdefault(options.name, asyncio.Event())
         self._settling = Settling(options.name, committer, board, self._wake.set)
-        self._recall = Recall(self._settling, again)
+        self._recall = Recall(self._settling, board, clear=self._clear, again=again)
         self._attempts = itertools.count()
         self._draining = False
         self._renewing = False
@@ -112,10 +115,7 @@ class Uplink:
         return len(self._flights)
 
     async def comply(self, patience_s: float) -> None:
-        """Return once nothing is in flight that the policy forbids; what is after `patience_s` costs the connection.
-
-        Cancelling is safe.
-        """
+        """Return once nothing forbidden is in flight; after `patience_s` that costs the connection. Safe to cancel."""
         gone = await self._flights.gone(lambda record: self._clear(record) is None, patience_s)
         if not gone and self._connection is not None:
             self._connection.abort("what is in flight may not go there any more")
@@ -228,7 +228,7 @@ class Uplink:
         loading = self._loading
         ready = loading.ready
         supply = Supply(options.name, self._committer, self._board, self._patience, shares=shares, ready=ready)
-        outlet = loading.open(connection, options)
+        outlet = loading.outlet = Outlet(connection, options)
         connection.on_drained(self._wake.set)
         connection.closed.add_done_callback(lambda _: self._wake.set())
         try:
@@ -237,8 +237,8 @@ class Uplink:
                 self._check(connection)
                 self._wake.clear()
                 self._renewing |= self.shown.due(time.monotonic())
-                if not (self._draining or self._renewing or self._settling.full):
-                    await supply.refill(loading.wanted(self._window(connection)))
+                ending = self._draining or self._renewing or self._settling.full
+                await supply.refill(0 if ending else loading.wanted(self._window(connection)))
                 while ready and self._may_send(connection):
                     self._send(connection, outlet, loading.next(connection.maximum_packet_size))
                 if not ready or not self._may_send(connection):
@@ -271,20 +271,18 @@ class Uplink:
         return not self._flights or (connection.unsent < UNSENT_BYTES and self._flights.bytes < IN_FLIGHT_BYTES)
 
     def _send(self, connection: Connection, outlet: Outlet, records: Sequence[Record]) -> None:
-        judged = [(record, self._clear(record)) for record in records]
-        cleared = [one for _, one in judged if one is not None]
+        now = boot.moment()
+        cleared = self._recall.cleared(records, now)
         if cleared:
-            self._publish(connection, outlet, cleared)
-        for record in (record for record, one in judged if one is None):
-            self._recall.decide_again(record)
+            self._publish(connection, outlet, cleared, now)
 
     def _clear(self, record: Record) -> Cleared | None:
         return self._policy().clear(record, self.options.name, self._registration)
 
-    def _publish(self, connection: Connection, outlet: Outlet, cleared: Sequence[Cleared]) -> None:
-        records, now_ns = tuple(one.record for one in cleared), time.time_ns()
+    def _publish(self, connection: Connection, outlet: Outlet, cleared: Sequence[Cleared], now: Moment) -> None:
+        records = tuple(one.record for one in cleared)
         try:
-            future = outlet.publish_batch(cleared, now_ns) if len(cleared) > 1 else outlet.publish(cleared[0], now_ns)
+            future = outlet.publish_batch(cleared, now) if len(cleared) > 1 else outlet.publish(cleared[0], now)
         except EnvelopeError:
             if len(records) > 1:
                 self._loading.part(records)

@@ -6,7 +6,6 @@ LIC_FILES_CHKSUM = "file://LICENSE;md5=3b83ef96387f14655fc854ddc3c6bd57"
 
 # The sdist: `residency-tools package dist` writes it; put it beside this recipe, under files/.
 SRC_URI = "file://residency_agent-${PV}.tar.gz;subdir=${BP};striplevel=1"
-S = "${WORKDIR}/${BP}"
 
 inherit python_hatchling systemd useradd
 

@@ -139,9 +139,10 @@ def source_date_epoch(root: Path) -> int:
     """The date of the sources in Unix seconds: as the environment says it, else the last commit's, else a file's."""
     if text := os.environ.get("SOURCE_DATE_EPOCH"):
         return int(text)
-    command = ["git", "-C", str(root), "log", "-1", "--format=%ct"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return int(result.stdout) if result.returncode == 0 else int((root / "pyproject.toml").stat().st_mtime)
+    try:
+        return int(_run(["git", "-C", str(root), "log", "-1", "--format=%ct"]))
+    except PackagingError:  # an unpacked sdist, or a machine without git
+        return int((root / "pyproject.toml").stat().st_mtime)
 
 
 def _install_wheels(root: Path, site: Path, target: Target) -> None:
@@ -195,8 +196,8 @@ def _runs(path: Path, staged: Path) -> bool:
     return path.parent in (staged / HOME / "bin", staged / "DEBIAN") and path.read_bytes()[:2] == b"#!"
 
 
-def _run(command: list[str], environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
-    """Run a program to its end; raises PackagingError with the end of what it said."""
+def _run(command: list[str], environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    """What a program printed, once it has ended; raises PackagingError with the end of what it said."""
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **(environment or {})}
@@ -205,3 +206,4 @@ def _run(command: list[str], environment: Mapping[str, str] | None = None, cwd: 
         raise PackagingError(f"{command[0]} is not installed") from exc
     if result.returncode != 0:
         raise PackagingError(f"{' '.join(command[:4])} failed: {result.stderr.strip()[-1000:]}")
+    return result.stdout
