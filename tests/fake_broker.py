@@ -242,7 +242,7 @@ class Session:
         while body.rest:
             self.filters.append(body.text().decode())
             body.number(1)
-            granted += bytes([1])
+            granted += bytes([self.broker.suback])
         self.send(packet(SUBACK, mid + (b"\0" if self.version == 5 else b"") + granted))
         self.broker.news.set()
 
@@ -266,6 +266,7 @@ class FakeBroker:
         self.port = 0
         self.connack = 0
         self.connack_properties = {}
+        self.suback = 1
         self.session_present = 0
         self.unsuback = 0
         self.segment = None

@@ -67,6 +67,12 @@ def test_messages_that_swap_their_ways_differ_although_all_totals_agree():
     assert differing(one, other) == {"messages that went another way": ("0", "2")}
 
 
+def test_messages_of_one_topic_and_moment_are_compared_one_by_one():
+    one = kept(events=(event(0, brokers=("hk",)), event(0, brokers=("cn",)), event(0)))
+    other = kept(events=(event(0, brokers=("cn",)), event(0, brokers=("hk",)), event(0)))
+    assert differing(one, other) == {"messages that went another way": ("0", "2")}
+
+
 def test_pictures_are_compared_by_what_was_masked_and_what_was_covered():
     one = kept(pictures=(picture({"person": 2}, (("person", True), ("plate", False))),))
     other = kept(pictures=(picture({"person": 1}, (("person", True), ("plate", True))),))
@@ -75,14 +81,17 @@ def test_pictures_are_compared_by_what_was_masked_and_what_was_covered():
 
 @pytest.mark.parametrize(("changes", "status"), [({}, 0), ({"model": "c" * 64}, 1)])
 def test_command_fails_on_a_difference_where_it_is_told_to(changes, status, tmp_path, capsys):
-    for name, run in (("one", kept()), ("two", kept(**changes))):
+    changes["events"] = (event(0, topic="a/[left]/[/red]"),)
+    for name, run in (("one", kept(events=changes["events"])), ("two", kept(**changes))):
         (tmp_path / name).mkdir()
         (tmp_path / name / RUN_FILE).write_bytes(msgspec.json.encode(run))
     folders = [str(tmp_path / "one"), str(tmp_path / "two")]
     assert main(["compare", *folders, "--fail"]) == status
     assert "figures differ" in capsys.readouterr().out
+    assert main(["compare", *folders, "--all"]) == 0
+    assert "a/[left]/[/red] -> cn" in capsys.readouterr().out
     assert main(["compare", *folders, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["model"]["differs"] is bool(changes)
+    assert json.loads(capsys.readouterr().out)["model"]["differs"] is ("model" in changes)
 
 
 def test_one_run_is_wrong_usage_and_a_folder_without_a_run_is_trouble(tmp_path):

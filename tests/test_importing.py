@@ -14,6 +14,7 @@ from PIL import Image
 from tools.importing import comma, frames, gpx, jsonl, mdf, nmea
 from tools.importing.join import Drive, joined
 from tools.importing.rows import BadRowError, SourceError
+from tools.progress import progress
 from tools.recording import Properties, contents, messages
 from tools.schemas import json_object
 
@@ -65,7 +66,16 @@ def test_lines_of_mosquitto_sub_keep_topic_time_payload_and_repeated_user_proper
         (HEX_LINE.replace("1700000000.014697823", "yesterday"), "yesterday"),
         (HEX_LINE.replace("1700000000.014697823", "2023-11-14T22:13:20"), "zone"),
         (PLAIN_LINE.replace('"{\\"a\\":1}"', '""'), "not UTF-8"),
+        (HEX_LINE.replace("1700000000.014697823", "1700000000014"), "neither Unix seconds nor ISO 8601"),
+        (HEX_LINE.replace("1700000000.014697823", "0001-01-01T00:00:00Z"), "not between 1970 and 2262"),
+        (HEX_LINE.replace('"qos":0', '"qos":3'), "no QoS 3"),
+        (HEX_LINE.replace("a/c", "a/#"), "not a topic to publish to"),
+        (PLAIN_LINE.replace('"message-expiry-interval":100', '"message-expiry-interval":-1'), "expiry"),
+        (PLAIN_LINE.replace('"payload-format-indicator":1', '"payload-format-indicator":"x"'), "payload_format"),
+        (PLAIN_LINE.replace('{"k":"v","k":"w"}', '[{"k":"v"}]'), "not an object"),
+        ("[" * 100_000 + "\n", "recursion"),
     ],
+    ids=str,
 )
 def test_bad_line_is_an_error_that_names_file_and_line_and_the_others_are_read(line, what, tmp_path):
     path = put(tmp_path / "r.jsonl", HEX_LINE + line + HEX_LINE)
@@ -74,6 +84,12 @@ def test_bad_line_is_an_error_that_names_file_and_line_and_the_others_are_read(l
     complaints = []
     assert len(list(jsonl.read(path, complaints.append))) == 2
     assert len(complaints) == 1
+
+
+def test_capture_time_of_a_line_is_the_stated_one(tmp_path):
+    line = HEX_LINE.replace("00ff01", b'{"ts":1699999990}'.hex())
+    [found] = jsonl.read(put(tmp_path / "r.jsonl", line))
+    assert (found.capture_ns, found.receipt_ns) == (1_699_999_990 * SECOND, NOON * SECOND + 14_697_823)
 
 
 GPX = """<?xml version="1.0"?>
@@ -96,6 +112,8 @@ def test_track_points_become_fixes_with_their_time_and_accuracy(tmp_path):
         ("<time>2023-11-14T22:13:21.25+00:00</time>", "", "4: track point without time"),
         ('lat="22.4"', 'lat="95"', "4: 95.0, 114.1 is not a position"),
         ('lat="22.4"', "", "4: track point without lat"),
+        ("<hdop>1.5", "<hdop>nan", "3: .*not JSON"),
+        ("2023-11-14T22:13:20Z", "1969-11-14T22:13:20Z", "3: the time is not between 1970"),
         ("+00:00", "", "4: the time has no zone"),
         ("</trkseg>", "", "5: mismatched tag"),
         ("<gpx version", '<!DOCTYPE g [<!ENTITY a "b">]><gpx version', "2: entities"),
@@ -133,6 +151,12 @@ def test_valid_rmc_sentences_become_fixes_and_gga_gives_their_accuracy(tmp_path)
     assert json_object(found[0].payload)["acc"] == 12.0
 
 
+def test_makers_own_sentences_are_skipped_also_where_they_end_as_a_standard_one(tmp_path):
+    own = "$PUBX,00,221320.50\n$PMTK001,604,3\n$PGRMC,A,,A,,,,,,,,,\n$PXGGA,,,,,,,,nonsense\n!AIVDM,1,1,,A,1,0\n"
+    found = list(nmea.read(put(tmp_path / "log.nmea", checked(own + NMEA).replace("$AIVDM", "!AIVDM"))))
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize(
     ("line", "what"),
     [
@@ -167,6 +191,18 @@ def test_frames_are_ordered_by_the_time_in_their_names_or_in_the_table(tmp_path)
         list(frames.read(tmp_path))
 
 
+def test_picture_whose_time_is_none_is_a_bad_row(tmp_path):
+    for name in ("1760000000000.jpg", "5s.jpg"):
+        (tmp_path / name).write_bytes(picture(1))
+    with pytest.raises(BadRowError, match=r"1760000000000\.jpg.*not a time between"):
+        list(frames.read(tmp_path))
+    complaints = []
+    assert [one.capture_ns for one in frames.read(tmp_path, complaints.append)] == [5 * SECOND]
+    put(tmp_path / "times.csv", "\ufefffile,seconds\n5s.jpg,nan\n5s.jpg,7\n")
+    assert [one.capture_ns for one in frames.read(tmp_path, complaints.append)] == [7 * SECOND]
+    assert len(complaints) == 2
+
+
 def test_folder_without_timed_pictures_is_an_error(tmp_path):
     with pytest.raises(SourceError, match="no pictures"):
         list(frames.read(tmp_path))
@@ -199,6 +235,10 @@ def test_comma2k19_segment_gives_fixes_and_can_values_on_one_clock(tmp_path):
     ]
     with pytest.raises(SourceError, match="not a readable series"):
         list(comma.read(tmp_path / "elsewhere"))
+    with (tmp_path / "processed_log/GNSS/live_gnss_ublox/value").open("wb") as stream:
+        np.save(stream, np.full((2, 6), np.nan))
+    with pytest.raises(SourceError, match=r"processed_log: .*NaN"):
+        list(comma.read(tmp_path))
 
 
 DBC = """VERSION ""
@@ -252,6 +292,16 @@ def test_bus_log_gives_valid_positions_and_telemetry_by_the_dbc(tmp_path):
     assert json_object(found["vehicle/telemetry/gnss_speed"].payload)["Speed"] == 12.5
 
 
+def test_position_that_a_receiver_without_a_fix_gives_is_a_bad_row_of_the_bus_log(tmp_path):
+    dbc = put(tmp_path / "gps.dbc", DBC)
+    bus_log(tmp_path / "log.mf4", [(0.5, 3, position_bytes(150.0, 10.1, 3)), (1.5, 3, position_bytes(56.1, 10.1, 3))])
+    with pytest.raises(BadRowError, match=r"log\.mf4:1: .*150\.0, 10\.1 is not a position"):
+        list(mdf.read(tmp_path / "log.mf4", dbc))
+    complaints = []
+    assert len(list(mdf.read(tmp_path / "log.mf4", dbc, complaints.append))) == 1
+    assert len(complaints) == 1
+
+
 def test_file_that_is_no_bus_log_and_a_missing_dbc_are_errors(tmp_path):
     pytest.importorskip("asammdf")
     dbc = put(tmp_path / "gps.dbc", DBC)
@@ -281,6 +331,8 @@ def test_car_of_a_composite_is_in_one_place_only(tmp_path):
     found, provenance = joined([Drive(name="one", messages=track), Drive(name="two", messages=track)])
     assert len(found) == len(track)
     assert "2 positions left out" in provenance["source 2"]
+    with pytest.raises(SourceError, match="1970"):
+        joined([Drive(name="one", messages=track)], start_ns=-SECOND)
 
 
 def imported(*arguments):
@@ -310,6 +362,13 @@ def test_command_stops_at_a_bad_row_or_skips_it_when_told_to(tmp_path):
     assert skipped.returncode == 0
     assert "r.jsonl:2" in skipped.stderr
     assert len(list(messages(out))) == 1
+
+
+def test_progress_shows_topics_with_brackets_as_they_are(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress("reading", 2) as advance:
+        advance(1, "a/[left]/[/red]")
+    assert "a/[left]/[/red]" in capsys.readouterr().err
 
 
 def test_command_without_a_source_is_wrong_usage(tmp_path):

@@ -178,6 +178,25 @@ async def test_a_killed_listener_loses_nothing_and_stores_nothing_twice(keys, tm
 
 
 @needs_mosquitto
+async def test_a_killed_listener_without_a_name_writes_what_it_took_when_it_is_started_again(keys, tmp_path):
+    async with mosquitto(config_lines=SUBSCRIPTIONS) as broker, asyncio.timeout(SECONDS):
+        command = _command(broker.port, keys, "--out", tmp_path, "--roll-seconds", 600)
+        async with consumer(*command) as process:
+            await subscribed(broker, "+/+/#")
+            await asyncio.to_thread(stream.publish, broker.port, [stream.outgoing(stream.record(1), b"{}")])
+            await until(lambda: _spooled(tmp_path / ".listen.sqlite"))
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+        await _listened([*command, "--idle", "0"])
+    assert [line["id"] for line in _stored(tmp_path)] == [stream.record(1).id]
+
+
+def _spooled(path):
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute("SELECT count(*) FROM spool").fetchone()[0]
+
+
+@needs_mosquitto
 async def test_a_backlog_larger_than_the_queue_does_not_keep_a_listener_from_subscribing(monkeypatch):
     monkeypatch.setattr(receiving, "BATCH", 2)  # also the length of the queue in front of the SUBACK
     records = [stream.record(number) for number in range(40)]
@@ -224,6 +243,25 @@ async def test_a_signal_ends_a_listener_in_order(keys, tmp_path):
     assert figures["refused"] == 0
 
 
+@needs_mosquitto
+async def test_a_listener_that_cannot_come_back_says_why(keys, tmp_path):
+    async with (
+        asyncio.timeout(SECONDS),
+        mosquitto(config_lines=SUBSCRIPTIONS) as broker,
+        consumer(*_command(broker.port, keys, "--out", tmp_path, "--roll-seconds", 600)) as process,
+    ):
+        await subscribed(broker, "+/+/#")
+        await asyncio.to_thread(stream.publish, broker.port, [stream.outgoing(stream.record(1), b"{}")])
+        await until(lambda: _spooled(tmp_path / ".listen.sqlite"))
+        await broker.stop()
+        told = b""
+        while told.count(b"trying again") < 2:
+            told += await process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        await _figures(process)
+    assert b"cannot be reached" in told or b"refused" in told
+
+
 def _run(capsys, command):
     """The exit status and standard error of a command, run in this process."""
     status = tools_main(list(map(str, command[3:])))
@@ -231,17 +269,17 @@ def _run(capsys, command):
 
 
 @pytest.mark.parametrize(
-    ("more", "reason"),
+    ("more", "wanted", "reason"),
     [
-        (("--keys", "no.pem", "--allow", "cn"), "no.pem"),
-        (("--unverified", "--policy", "no.toml", "--endpoint", "x"), "no.toml"),
-        (("--unverified", "--allow", "cn", "--name", "a/b"), "--name"),
-        (("--unverified", "--allow", "cn"), "cannot be reached|refused"),
+        (("--keys", "no.pem", "--allow", "cn"), 3, "no.pem"),
+        (("--unverified", "--policy", "no.toml", "--endpoint", "x"), 2, "no.toml"),
+        (("--unverified", "--allow", "cn", "--name", "a/b"), 2, "--name"),
+        (("--unverified", "--allow", "cn"), 3, "cannot be reached|refused"),
     ],
 )
-def test_what_cannot_run_ends_with_status_2_and_a_reason(capsys, more, reason):
+def test_what_cannot_run_ends_with_a_status_and_a_reason(capsys, more, wanted, reason):
     status, told = _run(capsys, [*_command(free_port(), "")[:6], *more])
-    assert status == 2
+    assert status == wanted
     assert re.search(reason, told)
 
 
@@ -258,7 +296,7 @@ def test_two_listeners_of_one_name_do_not_write_to_one_folder(capsys, keys, tmp_
     with (tmp_path / ".a.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         status, told = _run(capsys, _command(free_port(), keys, "--name", "a", "--out", tmp_path))
-    assert status == 2
+    assert status == 3
     assert "another listener named a" in told
 
 
@@ -286,7 +324,7 @@ async def test_over_tls_only_a_broker_of_the_trusted_authority_is_listened_to(ke
         await asyncio.to_thread(stream.publish, broker.port, sent, ca_file=good.file)
         _, status, told = await _listened([*command, "--ca-file", other.file, "--count", "1"])
         figures, _, _ = await _listened([*command, "--ca-file", good.file, "--count", "1"])
-    assert status == 2
+    assert status == 3
     assert "certificate" in told
     assert "Traceback" not in told
     assert figures["good"] == 1

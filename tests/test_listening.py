@@ -272,6 +272,22 @@ def test_files_are_partitioned_by_region_date_and_class_and_no_name_leaves_the_f
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_names_of_any_length_and_times_of_any_year_are_stored(tmp_path, form):
+    if form == "parquet":
+        pytest.importorskip("pyarrow.parquet", reason="pyarrow (extra parquet) is not installed")
+    many = tuple(sorted(f"country-{number}" for number in range(40)))
+    rows = [
+        _row(1, regions=many),
+        _row(2, regions=many[:-1]),
+        _row(3, dataclassification="ü" * 200),
+        dataclasses.replace(_row(4), fields={**_row(4).fields, "time": "9999-12-31T23:59:59.999999999Z"}),
+    ]
+    paths = store(tmp_path, form, "a", Roll(number=1, rows=rows))
+    assert len({path.parent for path in paths}) == len(rows)
+    assert not any(re.search("%.?~", str(path)) for path in paths)
+
+
 def test_parquet_files_hold_the_same_with_types(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow (extra parquet) is not installed")
     rows = [_row(1, redaction="none"), _row(2, data=JPEG, extensions={"newthing": "1"})]

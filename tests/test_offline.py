@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from agent.pictures.containers import rebuild
 from agent.pictures.formats import PictureLimits, RedactedPayload
 from tools import offline
 from tools.demo import BUNDLED
-from tools.expectations import Expectations
+from tools.expectations import Expectations, Stretch
 from tools.recording import Properties, Recorded, RecordingWriter, messages
 from tools.run_file import keep, load
 from tools.scene import agent_values, policy_values
@@ -191,11 +192,52 @@ async def test_document_that_the_field_rules_were_not_applied_to_is_a_problem(tm
 
 async def test_gap_in_the_positions_and_a_place_in_words_are_no_part_of_the_track(tmp_path):
     gaps = [{"lat": None, "lon": None}, {"lat": "n/a", "lon": "n/a"}, {"lat": True, "lon": 114.05}, {"lat": 22.6}]
+    gaps += [{"lat": 1e308, "lon": 114.05}, {"lat": 22.6, "lon": 429.5}]
     drive = [*fixes(0, 1), *(at(2, "vehicle/gnss", **gap) for gap in gaps), *fixes(3)]
     given = setting(tmp_path, drive)
     done = await run(given)
     keep(given.folder, given, done.sent, done.trial, done.verdict)
     assert [second for second, _, _ in load(given.folder).track] == [0, 1, 3]
+
+
+async def test_text_of_a_result_which_asyncio_writes_holds_no_payloads(tmp_path):
+    picture = saved(Image.new("RGB", (64, 64)), "JPEG")
+    pictures = [at(second, "vehicle/camera/front", payload=picture) for second in (2, 3, 4)]
+    done = await run(setting(tmp_path, [*fixes(0, 1), *pictures, *fixes(6, 7)]))
+    assert len(done.verdict.pictures) == 3
+    assert len(repr(done)) < 5_000
+    assert "x00" not in repr(done)
+
+
+async def test_recording_in_which_nothing_is_judged_does_not_pass(tmp_path):
+    with pytest.raises(TrialError, match=r"drive\.mcap: no message in it"):
+        await run(setting(tmp_path, []))
+
+
+@pytest.mark.parametrize("truth", [b"", b"{}", b'{"positions":[],"crossings":[],"pictures":[]}'])
+async def test_ground_truth_that_is_none_is_named(tmp_path, truth):
+    given = setting(tmp_path, fixes(0))
+    with given.recording.open("wb") as stream, RecordingWriter(stream) as writer:
+        writer.write(fixes(0)[0])
+        writer.attach("ground_truth.json", "application/json", truth)
+    with pytest.raises(TrialError, match=r"drive\.mcap: its ground_truth\.json is none"):
+        await run(given)
+
+
+async def test_stretch_counts_from_the_first_receipt_and_holds_what_was_captured_before(tmp_path):
+    old = replace(at(-86_400), receipt_ns=START)
+    expected = Expectations(stretch=(Stretch(country="CN", to_s=2), Stretch(country="HK", from_s=2)))
+    done = await judged(setting(tmp_path, [old, at(1), at(3)]), expected, offline.conduct)
+    assert [one.country for one in done.sent] == ["CN", "CN", "HK"]
+
+
+async def test_message_of_another_time_stands_in_the_report_where_it_was_received(tmp_path):
+    retained = replace(at(-86_400), receipt_ns=START)
+    unset = replace(at(2, "vehicle/telemetry/battery"), capture_ns=5 * SECOND)
+    given = setting(tmp_path, [retained, *fixes(1), unset, replace(at(3), capture_ns=START + 2 * SECOND)])
+    done = await run(given)
+    keep(given.folder, given, done.sent, done.trial, done.verdict)
+    assert [one.second for one in load(given.folder).events] == [0, 1, 2, 2]
 
 
 async def test_folder_of_an_earlier_run_is_not_used_again(tmp_path):

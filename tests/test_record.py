@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fake_broker import fake_broker
 
 from tools.brokers import mosquitto, mosquitto_path
 from tools.client import Address, connected, new_client, to_paho
@@ -39,9 +42,10 @@ DRIVE = [
 
 
 @contextmanager
-def tool(*arguments):
+def tool(*arguments, **options):
     command = [sys.executable, "-m", "tools", *(str(argument) for argument in arguments)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes, **options) as process:
         try:
             yield process
         finally:
@@ -61,13 +65,13 @@ def publish(port, recorded):
             one.wait_for_publish(WAIT_SECONDS)
 
 
-def subscribed(broker, client_prefix="residency-record-"):
-    """Wait until mosquitto has logged the recorder's subscription."""
+def subscribed(broker, client_prefix="residency-record-", *, times=1):
+    """Wait until mosquitto has logged the recorder's subscription so many times."""
     done = threading.Event()
 
     def look():
         while not done.wait(0.02):
-            if f"{client_prefix}" in broker.log_path.read_text() and "SUBACK" in broker.log_path.read_text():
+            if broker.log_path.read_text().count(f"Sending SUBACK to {client_prefix}") >= times:
                 return
 
     thread = threading.Thread(target=look)
@@ -151,6 +155,89 @@ async def test_interrupted_recording_is_complete_and_killed_one_still_reads(tmp_
             process.kill()
             process.wait(WAIT_SECONDS)
         assert essence(messages(part)) == essence(DRIVE)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"ts":"0001-01-01T00:00:00Z"}',
+        b'{"ts":"9999-12-31T23:59:59Z","lat":1,"lon":2}',
+        b'{"ts":50000000000}',
+        b'{"lat":1,"lon":2,"acc":1e200}',
+        b'{"lat":%s,"lon":2}' % (b"1" * 400),
+        b'{"a":%s1%s}' % (b"[" * 100_000, b"]" * 100_000),
+    ],
+    ids=lambda payload: payload[:30].decode(),
+)
+async def test_message_that_states_nonsense_is_recorded_as_any_other(tmp_path, payload):
+    path = tmp_path / "r.mcap"
+    drive = [at(0, payload=payload), at(1)]
+    async with mosquitto(config_lines=LOGGING) as broker:
+        recorded_by_tool(broker, path, lambda: publish(broker.port, drive), "--max-messages", 2)
+    found = list(messages(path))
+    assert [one.payload for one in found] == [one.payload for one in drive]
+    assert found[0].capture_ns == found[0].receipt_ns
+
+
+def test_property_that_is_no_time_is_none():
+    for text in ("1" * 5000, "0001-01-01T00:00:00Z", "9" * 19):
+        assert stated_ns(b"", Properties(user=(("time", text),))) is None
+
+
+async def test_connection_that_was_lost_meanwhile_is_told(tmp_path):
+    path = tmp_path / "r.mcap"
+    async with mosquitto(config_lines=LOGGING) as broker:
+        with tool("record", path, "--port", broker.port, "--quiet", "--json") as process:
+            subscribed(broker)
+            publish(broker.port, DRIVE[:1])
+            wait_for_messages(path.with_name("r.mcap.part"), 1)
+            await broker.restart()
+            subscribed(broker, times=2)
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 3
+    assert (json.loads(output)["lost"], json.loads(output)["count"]) == (1, 1)
+    assert "messages may be missing" in errors
+    assert contents(path).complete
+
+
+async def test_subscription_that_is_refused_ends_the_recording(tmp_path):
+    path = tmp_path / "r.mcap"
+    async with fake_broker() as broker:
+        broker.suback = 0x87
+        with tool("record", path, "--port", broker.port, "--quiet") as process:
+            _, errors = await asyncio.to_thread(process.communicate, timeout=WAIT_SECONDS)
+    assert process.returncode == 3
+    assert "Not authorized" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_full_disk_ends_the_recording_with_a_word_and_what_came_before_reads(tmp_path):
+    path = tmp_path / "r.mcap"
+
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    async with mosquitto(config_lines=LOGGING) as broker:
+        with tool("record", path, "--port", broker.port, "--quiet", preexec_fn=small) as process:
+            subscribed(broker)
+            publish(broker.port, [at(number, payload=bytes(30_000)) for number in range(8)])
+            _, errors = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 3
+    assert errors == "record: [Errno 27] File too large\n"
+    assert len(list(messages(path.with_name("r.mcap.part")))) == 3
+
+
+async def test_recording_that_was_cut_off_is_not_written_over(tmp_path):
+    path = tmp_path / "r.mcap"
+    part = path.with_name("r.mcap.part")
+    part.write_bytes(b"what a power cut left")
+    async with mosquitto() as broker:
+        with tool("record", path, "--port", broker.port, "--quiet") as process:
+            _, errors = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 3
+    assert "r.mcap.part" in errors
+    assert part.read_bytes() == b"what a power cut left"
 
 
 def wait_for_messages(path, count):

@@ -94,6 +94,24 @@ def test_damaged_chunk_is_an_error_rather_than_wrong_messages(tmp_path):
         list(messages(path))
 
 
+@pytest.mark.parametrize("chunked", [True, False])
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_damage_anywhere_is_an_error_with_the_name_of_the_file(tmp_path_factory, chunked, data):
+    path = tmp_path_factory.mktemp("r") / "damaged.mcap"
+    drive = [example(index, qos=0, properties=Properties(user=(("a", "b"),))) for index in range(3)]
+    write(path, [*drive, example(payload=JPEG)], chunked=chunked)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    for read in (lambda: list(messages(path)), lambda: contents(path)):
+        try:
+            read()
+        except RecordingError as exc:
+            assert "damaged.mcap" in str(exc)  # noqa: PT017 - no error is as good
+
+
 def test_metadata_and_attachments_come_back_and_composite_is_told(tmp_path):
     path = tmp_path / "r.mcap"
     with path.open("wb") as stream, RecordingWriter(stream) as writer:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import queue
 import subprocess
@@ -55,6 +56,16 @@ def test_loops_follow_each_other_without_a_gap_or_an_overlap():
 
 def test_empty_recording_ends_even_when_it_loops_for_ever():
     assert planned([], loops=0) == []
+
+
+@pytest.mark.parametrize("step", [-3600, -12, 90_000, 1_700_000])
+def test_clock_that_was_set_while_it_was_recorded_takes_no_time_and_no_message(step):
+    recorded = [at(0), at(1), at(2 + step), at(3 + step), at(4 + step)]
+    assert seconds(planned(recorded)) == [0, 1, 1, 2, 3]
+
+
+def test_receipts_in_disorder_and_a_pause_keep_their_places():
+    assert seconds(planned([at(0), at(20), at(12), at(21), at(20_000)])) == [0, 20, 12, 21, 20_000]
 
 
 def test_topics_are_filtered_and_renamed_by_whole_levels():
@@ -206,6 +217,47 @@ async def test_no_more_is_in_flight_than_the_broker_takes(tmp_path):
         log = broker.log_path.read_text()
     assert json.loads(done.stdout)["acknowledged"] == 200
     assert "eceive maximum" not in log
+
+
+@needs_mosquitto
+async def test_message_that_the_broker_refuses_is_trouble(tmp_path):
+    access = tmp_path / "access"
+    access.write_text("topic readwrite vehicle/telemetry/#\n")
+    access.chmod(0o644)
+    refused = [at(1, topic="vehicle/gnss"), at(1, topic="vehicle/gnss", qos=2)]
+    path = write(tmp_path / "r.mcap", [at(0), *refused, at(2, qos=2)])
+    async with mosquitto(config_lines=[f"acl_file {access}"]) as broker:
+        done = replay(path, broker.port, "--fast")
+    assert done.returncode == 3
+    outcome = json.loads(done.stdout)
+    assert (outcome["sent"], outcome["acknowledged"], outcome["refused"]) == (4, 2, {"Not authorized": 2})
+    assert "refused 2 messages: Not authorized" in done.stderr
+
+
+@needs_mosquitto
+async def test_broker_that_restarts_costs_only_what_was_on_its_way_at_qos_0(tmp_path):
+    path = write(tmp_path / "r.mcap", [at(number / 50, qos=number % 2) for number in range(400)])
+    async with mosquitto() as broker:
+        with listening(broker.port) as received:
+            command = [sys.executable, "-m", "tools", "replay", path, "--port", str(broker.port), "--quiet", "--json"]
+            process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=subprocess.PIPE)
+            await asyncio.to_thread(received.get, timeout=WAIT_SECONDS)
+            await broker.restart()
+            output, _ = await process.communicate()
+    outcome = json.loads(output)
+    assert outcome["sent"] == 400
+    assert outcome["lost"] > 0
+    assert outcome["acknowledged"] + outcome["lost"] == 400
+    assert process.returncode == 3
+
+
+@needs_mosquitto
+async def test_topic_that_nobody_may_publish_to_is_named(tmp_path):
+    path = write(tmp_path / "r.mcap", [at(0), at(1, topic="vehicle/#")])
+    async with mosquitto() as broker:
+        done = replay(path, broker.port, "--fast")
+    assert done.returncode == 3
+    assert "'vehicle/#' cannot be published" in done.stderr
 
 
 async def test_replay_reaches_an_mqtt_3_1_1_broker(tmp_path):

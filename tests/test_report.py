@@ -6,12 +6,13 @@ import json
 import re
 from html.parser import HTMLParser
 
+import msgspec
 import pytest
 from chromium import needs_chromium, opened, press
 from PIL import Image
 
 from tools.__main__ import main
-from tools.drawing import Projection, histogram_svg, places_of
+from tools.drawing import Projection, histogram_svg, places_of, timeline_svg
 from tools.judge import Delivery, Redacted, Sent, Verdict
 from tools.report import page
 from tools.run_file import FORMAT, PICTURES, Event, RunFile, load, save
@@ -152,6 +153,14 @@ def test_dots_of_the_map_are_where_the_fixes_around_them_say():
     assert places_of([event], []) == []
 
 
+def test_long_topic_is_shortened_before_its_row_and_told_in_full():
+    topic = "vehicle/" + "long/" * 20 + "end"
+    event = Event(second=0, topic=topic, country="CN", brokers=(), latency_ms=None, tag="")
+    drawn = Elements(timeline_svg([event], ["kept"]))
+    assert drawn.text.startswith("…")
+    assert f"long/end{topic}" in drawn.text
+
+
 def test_histogram_counts_every_latency_once():
     drawn = histogram_svg("latency", [0.0, 1, 1.1, 15, 250, 4000])
     assert sum(int(count) for count in re.findall(r"<title>(\d+)</title>", drawn)) == 6
@@ -165,6 +174,18 @@ def test_command_writes_the_page_and_says_when_there_is_no_run(folder, tmp_path,
     assert json.loads(capsys.readouterr().out)["messages"] == 5
     assert main(["report", str(tmp_path)]) == 3
     assert "run.json" in capsys.readouterr().err
+
+
+@needs_chromium
+def test_page_is_no_wider_than_a_phone_whatever_the_names(folder, tmp_path):
+    kept = load(folder)
+    long = msgspec.structs.replace(kept.events[0], topic="vehicle/" + "<long>" * 30)
+    path = tmp_path / "page.html"
+    path.write_text(page(msgspec.structs.replace(kept, events=(*kept.events, long)), folder / PICTURES))
+    with opened(path, tmp_path / "profile") as shown:
+        shown.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+        assert shown.evaluate("document.documentElement.scrollWidth") == 390
+        assert shown.evaluate("document.querySelector('.timeline').getBoundingClientRect().width") > 600
 
 
 @needs_chromium

@@ -16,7 +16,7 @@ from tools.judge import Delivery, Sent, Verdict
 from tools.run_file import load
 from tools.scene import PERMITS, REGION_OF_COUNTRY, agent_values, permitted, policy_values
 from tools.toml_text import toml_text
-from tools.verify import _agent, junit
+from tools.verify import _agent, _print, junit
 
 ROOT = Path(__file__).parents[1]
 TOPICS = ("vehicle/camera/front", "vehicle/camera/cabin", "vehicle/gnss", "vehicle/telemetry/speed", "other")
@@ -151,6 +151,14 @@ def test_junit_has_a_case_for_each_check_and_survives_control_characters():
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
     assert [case.get("name") for case in suite] == ["one", "two"]
     assert suite[1][0].text == "bad ? <topic>"
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path, capsys):
+    check = Check(name="never a/[left]", passed=False, wanted="0", found="1: a/[/red]")
+    _print([check], tmp_path, as_json=False)
+    told = capsys.readouterr().out
+    assert "a/[left]" in told
+    assert "a/[/red]" in told
 
 
 def test_speed_limit_of_the_car_grows_with_the_replay_up_to_what_the_agent_takes():

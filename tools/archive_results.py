@@ -94,11 +94,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def result_of(name: str, sha256: str, facts: Facts, found: Contents, done: Verification) -> Result:
-    """Put together what is kept of a judged recording; raises ArchiveError where nothing was in it."""
+    """Put together what is kept of a judged recording."""
     sent, verdict = done.sent, done.verdict
-    if not sent:
-        message = "no message in it, or none in the part that is judged"
-        raise ArchiveError(message)
     failed = [one for one in done.checks if not one.passed]
     ways = _ways(len(sent), verdict.deliveries)
     names = tuple(sorted(set(ways)))

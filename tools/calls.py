@@ -34,7 +34,7 @@ HELP = {
             "record --host 127.0.0.1 --duration 600 drive.mcap",
             "record --topic vehicle/# --max-mb 500 drive.mcap",
         ),
-        more=TROUBLE,
+        more={3: "the file or the broker could not be used, or the connection was lost meanwhile"},
     ),
     "import": Help(
         examples=(
@@ -48,7 +48,7 @@ HELP = {
             "replay drive.mcap --speed 10 --fresh",
             "replay drive.mcap --fresh --link tunnel --fault clock-jump=120:-3600",
         ),
-        more={3: "the broker or the recording could not be used"} | INTERRUPTED,
+        more={3: "the broker or the recording could not be used, or messages were refused or lost"} | INTERRUPTED,
     ),
     "report": Help(examples=("report runs/demo", "report runs/demo --out page.html"), more=TROUBLE),
     "verify": Help(
@@ -75,7 +75,8 @@ HELP = {
             "listen --host mqtt.eea.example.com --tls --keys fleet.pem --policy policy.toml --endpoint eea \\",
             "    --group archive --name archive-1 --out records --format parquet",
         ),
-        failed="a record was refused, or the broker could not be used",
+        failed="a record was refused",
+        more=TROUBLE,
     ),
     "bench": Help(examples=("bench --short", "bench --json bench.json"), failed="something could not be run"),
     "evaluate": Help(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties as PahoProperties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -26,6 +27,7 @@ CONNECT_SECONDS = 10.0
 KEEPALIVE_SECONDS = 30
 SESSION_SECONDS = 0xFFFFFFFF  # MQTT 5.0, 3.1.2.11.2: the session does not expire
 READ_BYTES = 1 << 16
+REASON_AT, LEAST_FAILURE = 2, 0x80  # MQTT 5.0, 3.5.2 and 2.4: the reason code of a PUBREC behind its packet id
 NO_LIMIT = 65_535  # MQTT 5.0, 3.2.2.3.3: the Receive Maximum of a broker that states none
 REMEMBERED = 1024  # sets of properties
 PROTOCOLS = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
@@ -101,6 +103,17 @@ class Client(paho.Client):
 
     def _create_socket(self) -> Any:  # noqa: ANN401 - paho's own type is private
         return _Buffered(super()._create_socket())
+
+    def _handle_pubrec(self) -> MQTTErrorCode:
+        """A PUBREC with an error ends the delivery (MQTT 5.0, 4.3.3); paho alone takes every PUBREC for a good one."""
+        packet = self._in_packet["packet"]
+        refused = len(packet) > REASON_AT and packet[REASON_AT] >= LEAST_FAILURE
+        return self._handle_pubackcomp("PUBACK") if refused else super()._handle_pubrec()
+
+
+def own_id(command: str) -> str:
+    """A client id that no other process has: in containers several have the same number, and a broker keeps one."""
+    return f"residency-{command}-{secrets.token_hex(4)}"
 
 
 def new_client(address: Address, client_id: str, *, keep_session: bool = False) -> Client:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from agent.errors import AgentError
 from tools.archive_results import TABLE, read_table
@@ -73,7 +72,7 @@ def _runs(folders: Sequence[Path], arguments: argparse.Namespace) -> bool:
     if arguments.json:
         print(json.dumps(_as_json(found)))
     else:
-        show(Console(), found, [folder.name for folder in folders], everything=arguments.all)
+        show(Console(markup=False), found, [folder.name for folder in folders], everything=arguments.all)
     return any(one.differs for one in found)
 
 
@@ -84,11 +83,11 @@ def _archives(folders: Sequence[Path], arguments: argparse.Namespace) -> bool:
         recordings = {one.recording: _as_json(one.rows) for one in others}
         print(json.dumps({"figures": _as_json(found), "recordings": recordings}))
     else:
-        console = Console()
+        console = Console(markup=False)  # topics may hold brackets
         show(console, found, [folder.name for folder in folders], everything=arguments.all)
         for one in others[:SHOWN]:
             told = "; ".join(f"{row.name} {' | '.join(row.values)}" for row in one.rows)
-            console.print(f"{escape(one.recording)}: {escape(told)}", soft_wrap=True)
+            console.print(f"{one.recording}: {told}", soft_wrap=True)
         console.print(f"{len(others)} recordings did not go alike.")
     return bool(others) or any(one.differs for one in found)
 
@@ -128,9 +127,19 @@ def _topics(runs: Sequence[RunFile]) -> list[Row]:
 
 def _fates(runs: Sequence[RunFile]) -> Row:
     """How many messages went another way than in the first run; totals may agree although messages do not."""
-    known = [{(event.topic, event.second): fate_of(event) for event in one.events} for one in runs]
+    known = [_ways(one) for one in runs]
     others = [sum(known[0].get(key, fate) != fate for key, fate in one.items()) for one in known]
     return Row(name="messages that went another way", values=tuple(str(number) for number in others))
+
+
+def _ways(run: RunFile) -> dict[tuple[str, float, int], str]:
+    """The fate of every message by its topic, its moment, and how many of both went before it."""
+    seen: Counter[tuple[str, float]] = Counter()
+    found = {}
+    for event in run.events:
+        found[event.topic, event.second, seen[event.topic, event.second]] = fate_of(event)
+        seen[event.topic, event.second] += 1
+    return found
 
 
 def _pictures(runs: Sequence[RunFile]) -> list[Row]:

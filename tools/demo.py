@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from agent.errors import AgentError
 from tools.demo_report import show
@@ -54,7 +55,7 @@ class SentLog:
                 payload=message.payload,
                 country=country,
                 objects=objects,
-                recorded_ns=original.capture_ns,
+                recorded_ns=original.moment_ns,
                 captured_ns=message.capture_ns,
             )
         )
@@ -101,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         return TROUBLE_STATUS
     keep(folder, setting, sent, trial, verdict)
     show(console, verdict, trial.status["counts"], trial.outcome)
-    line = f"{trial.seconds:.0f} s in all. Files: {folder} (`residency-tools report` makes a page of them)"
+    line = f"{trial.seconds:.0f} s in all. Files: {escape(str(folder))} (`residency-tools report` makes a page of them)"
     console.print(line, soft_wrap=True)
     if arguments.json:
         print(json.dumps({"problems": verdict.problems, "status": trial.status, "folder": str(folder)}))
@@ -136,7 +137,7 @@ def _arrived(verdict: Verdict, broker: str) -> int:
 def _announce(console: Console, setting: Setting, speed: float) -> None:
     kind = "composite recording, see NOTICE" if contents(setting.recording).composite else "recording"
     lines = [
-        f"[bold]{setting.recording.name}[/bold]: {kind}; replayed at {speed:g}x as if it happened now.",
+        f"[bold]{escape(setting.recording.name)}[/bold]: {kind}; replayed at {speed:g}x as if it happened now.",
         "Every capture time (JSON key `ts`, user property `time`) is rewritten, positions stay;",
         f"the car seems {speed:g} times as fast, so the agent's speed limit is {MAX_SPEED_MPS:g} m/s x {speed:g}.",
     ]

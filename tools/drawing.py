@@ -22,6 +22,7 @@ MAP_WIDTH, MAP_LEAST_HEIGHT, MAP_MOST_HEIGHT = 900.0, 320.0, 640.0
 MAP_MARGIN = 0.12  # of the track's extent, on every side
 LEAST_EXTENT_M = 500.0
 TIME_WIDTH, ROW_HEIGHT, LABEL_WIDTH = 900.0, 26.0, 210.0
+LABEL_LETTERS = 30  # of 12 px in this width
 HISTOGRAM_WIDTH, HISTOGRAM_HEIGHT = 430.0, 150.0
 BINS_PER_DECADE = 4
 STEPS = (1, 2, 5)
@@ -117,7 +118,8 @@ def timeline_svg(events: Sequence[Event], fates: Sequence[str]) -> str:
         x = round(LABEL_WIDTH + one.second / end * (width - 8), 1)
         dots.setdefault((one.topic, fate), []).append((x, round((topics.index(one.topic) + lane) * ROW_HEIGHT, 1)))
     rows = "".join(
-        f'<text x="8" y="{(index + 0.65) * ROW_HEIGHT:g}">{escape(topic)}</text>'
+        f'<text x="8" y="{(index + 0.65) * ROW_HEIGHT:g}">{escape(_shortened(topic))}'
+        f"<title>{escape(topic)}</title></text>"
         f'<path class="row" d="M{LABEL_WIDTH:g} {(index + 1) * ROW_HEIGHT:g}H{TIME_WIDTH:g}"/>'
         for index, topic in enumerate(topics)
     )
@@ -175,6 +177,11 @@ def percentiles(values: Sequence[float]) -> Mapping[str, float]:
     """The 50th and 99th percentile, in the values' unit."""
     p50, p99 = np.percentile(np.array(values), [50, 99]).tolist()
     return {"p50": p50, "p99": p99}
+
+
+def _shortened(topic: str) -> str:
+    """What of a topic fits in front of its row: its end tells topics apart."""
+    return topic if len(topic) <= LABEL_LETTERS else "…" + topic[1 - LABEL_LETTERS :]
 
 
 def _polyline(projection: Projection, points: Iterable[Sequence[float]]) -> str:

@@ -29,7 +29,7 @@ READERS: dict[str, tuple[Reader, str]] = {
     "jsonl": (jsonl.read, "what `mosquitto_sub -F` wrote, one JSON object a line"),
     "gpx": (gpx.read, "a GPX track"),
     "nmea": (nmea.read, "an NMEA 0183 log"),
-    "mdf": (lambda path, _complain: mdf.read(path, path.with_suffix(".dbc")), "an MDF4 bus log; needs --dbc"),
+    "mdf": (lambda path, complain: mdf.read(path, path.with_suffix(".dbc"), complain), "an MDF4 bus log; needs --dbc"),
     "comma2k19": (lambda path, _complain: comma.read(path), "the folder of a comma2k19 segment"),
     "frames": (frames.read, "a folder of pictures with times in their names or in times.csv"),
 }
@@ -116,8 +116,8 @@ def _counted(found: Iterator[Recorded], advance: Advance) -> Iterator[Recorded]:
         yield message
 
 
-def _mdf(dbc: Path, path: Path, _complain: Complain) -> Iterator[Recorded]:
-    return mdf.read(path, dbc)
+def _mdf(dbc: Path, path: Path, complain: Complain) -> Iterator[Recorded]:
+    return mdf.read(path, dbc, complain)
 
 
 def _print(summary: Summary, arguments: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ def no_fields(_topic: str) -> Fields | None:
 class Sent:
     """One message as it went to the in-car broker, with the truth about it: country, labelled objects.
 
-    `recorded_ns` is its capture time in the recording, `captured_ns` the one that it stated when it was replayed.
+    `recorded_ns` is its moment in the recording, `captured_ns` the capture that it stated when it was replayed.
     """
 
     topic: str
@@ -83,13 +83,16 @@ class Redacted:
 
 @dataclass(slots=True, kw_only=True)
 class Verdict:
-    """What was found; `problems` is empty where the run kept its promises."""
+    """What was found; `problems` is empty where the run kept its promises.
+
+    Its text has no payloads: `asyncio.run` writes the text of what a task returns at its end, all of it.
+    """
 
     problems: list[str] = field(default_factory=list)
     arrived: Counter[tuple[str, str]] = field(default_factory=Counter)
     repeated: int = 0
-    deliveries: list[Delivery] = field(default_factory=list)
-    pictures: list[Redacted] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list, repr=False)
+    pictures: list[Redacted] = field(default_factory=list, repr=False)
 
     @property
     def masked(self) -> Counter[str]:

@@ -4,7 +4,7 @@ It verifies every record, drops duplicates by source and id, counts gaps by sequ
 this endpoint may not hold, and writes the good ones as JSONL or partitioned Parquet. Several of them with one
 `--group` and one `--out` share a stream without loss and without double output.
 
-Exit status: 0 all good, 1 something was refused, 2 it could not run.
+Exit status: 0 all good, 1 something was refused, 2 wrong usage, 3 a file or the broker could not be used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import fcntl
 import json
-import os
 import signal
 import socket
 import sqlite3
@@ -29,12 +28,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.console import Console
 from rich.live import Live
 
-from agent.errors import AgentError
+from agent.errors import AgentError, EndpointError
 from agent.mqtt.packets import Session
 from agent.policy import Policy
 from agent.settings.config import load_policy
 from agent.wire.signing import public_key, public_keys
-from tools.client import Address, add_address_arguments, address_of
+from tools.client import Address, add_address_arguments, address_of, own_id
 from tools.listening.board import Board
 from tools.listening.files import FORMS, StoreError, needed
 from tools.listening.inbox import Inbox
@@ -44,6 +43,8 @@ from tools.listening.receiving import Listener, Options, Output
 WINDOW = 1000  # Receive Maximum: records taken but not yet acknowledged
 SESSION_SECONDS = 7 * 86_400  # how long the broker keeps records for a named listener that is away
 INBOX = ".listen.sqlite"
+USAGE_STATUS, TROUBLE_STATUS = 2, 3
+TROUBLES = (EndpointError, StoreError, sqlite3.Error, OSError)
 
 MayHold = Callable[[tuple[str, ...], str], bool]
 
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         return asyncio.run(_listen(arguments))
     except (AgentError, sqlite3.Error, OSError, ValueError) as exc:
         print(f"residency-tools listen: {str(exc) or type(exc).__name__}", file=sys.stderr)
-        return 2
+        return TROUBLE_STATUS if isinstance(exc, TROUBLES) else USAGE_STATUS
 
 
 async def _listen(arguments: argparse.Namespace) -> int:
@@ -92,6 +93,8 @@ async def _listen(arguments: argparse.Namespace) -> int:
         listener = Listener(options=options, inbox=inbox, board=board)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, listener.stop.set)
+        if arguments.json:
+            listener.tell = lambda why: print(f"residency-tools listen: {why}; trying again", file=sys.stderr)
         live = None if arguments.json else stack.enter_context(Live(console=Console(), refresh_per_second=4))
         if live is not None:
             listener.show = lambda: live.update(board.table(inbox.missing(), time.monotonic()))
@@ -112,7 +115,9 @@ def _folder(options: Options) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
-            message = f"another listener named {options.consumer} writes to {options.output.folder}"
+            message = (
+                f"another listener named {options.consumer} writes to {options.output.folder}: give this one a --name"
+            )
             raise StoreError(message) from exc
         yield options.output.folder / INBOX
 
@@ -120,7 +125,7 @@ def _folder(options: Options) -> Iterator[Path]:
 def _options(arguments: argparse.Namespace) -> Options:
     if arguments.format == "parquet":
         needed("pyarrow.parquet")
-    consumer = arguments.name or f"{socket.gethostname()}-{os.getpid()}"
+    consumer = arguments.name or socket.gethostname()  # the same after a restart, which finishes what was begun
     if not all(letter.isalnum() or letter in "._-" for letter in consumer):
         message = f"--name: {consumer!r} may hold letters, digits, '.', '_' and '-'"
         raise ValueError(message)
@@ -128,7 +133,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     if arguments.group:
         filters = tuple(f"$share/{arguments.group}/{name}" for name in filters)
     return Options(
-        session=_session(address_of(arguments), consumer, keep=arguments.name is not None),
+        session=_session(address_of(arguments), arguments.name or own_id("listen"), keep=bool(arguments.name)),
         filters=filters,
         expectations=Expectations(keys=_keys(arguments), may_hold=_may_hold(arguments)),
         consumer=consumer,
@@ -146,11 +151,11 @@ def _output(arguments: argparse.Namespace) -> Output | None:
     )
 
 
-def _session(address: Address, consumer: str, *, keep: bool) -> Session:
+def _session(address: Address, client_id: str, *, keep: bool) -> Session:
     return Session(
         host=address.host,
         port=address.port,
-        client_id=consumer,
+        client_id=client_id,
         protocol=address.protocol,
         username=address.username,
         password=address.password,

@@ -55,7 +55,7 @@ def records(path: Path, *, open_chunks: bool = True) -> Iterator[McapRecord]:
                     yield record
         except EndOfFile:
             return
-        except (McapError, zstandard.ZstdError, ValueError, struct.error) as exc:
+        except (McapError, zstandard.ZstdError, ValueError, OverflowError, struct.error) as exc:
             message = f"{path}: not a readable recording: {exc or type(exc).__name__}"
             raise RecordingError(message) from exc
 

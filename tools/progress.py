@@ -17,11 +17,13 @@ Advance = Callable[[float, str], None]
 def progress(title: str, total: float | None, *, quiet: bool = False) -> Iterator[Advance]:
     """Show a bar; the yielded function takes what is done so far and a short text."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = quiet or not console.is_terminal
     shown = Progress(
-        *columns,
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", markup=False),  # it may be a topic that holds brackets
         console=console,
         disable=hidden,
         transient=True,

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import IO
 
 import paho.mqtt.client as paho
+from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from agent.errors import AgentError
-from tools.client import Address, add_address_arguments, address_of, connected, from_paho, new_client
+from agent.errors import AgentError, EndpointError
+from tools.client import Address, add_address_arguments, address_of, connected, from_paho, new_client, own_id
 from tools.progress import progress
 from tools.recording import PROVENANCE, Recorded, RecordingWriter, messages
 from tools.signals import ended_by_signals
@@ -50,9 +51,16 @@ class Wanted:
     keys: tuple[str, ...] = DEFAULT_KEYS
 
 
+class RecordError(AgentError):
+    """A message that cannot be recorded, or the rest of another recording in the way."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Recorder:
-    """Takes messages from the client's network thread and writes them; stops by itself at its limits."""
+    """Takes messages from the client's network thread and writes them; stops by itself at its limits.
+
+    `failure` is what ended it otherwise; `lost` counts how often the connection to the broker was lost meanwhile.
+    """
 
     stream: IO[bytes]
     limits: Limits
@@ -61,6 +69,8 @@ class Recorder:
     payload_bytes: int = 0
     done: threading.Event = field(default_factory=threading.Event)
     reason: str = "interrupted"
+    failure: Exception | None = None
+    lost: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _writer: RecordingWriter = field(init=False)
 
@@ -74,28 +84,27 @@ class Recorder:
         return self.topics.total()
 
     def on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
-        """Write one message, unless it would pass a limit."""
+        """Write one message, unless it would pass a limit; what prevents it ends the recording."""
         receipt_ns = time.time_ns()
-        payload, properties = bytes(message.payload), from_paho(message.properties)
         with self._lock:
-            if self.done.is_set() or self._full(len(payload)):
+            if self.done.is_set() or self._full(len(message.payload)):
                 return
-            capture_ns = stated_ns(payload, properties, self.keys)
-            self._writer.write(
-                Recorded(
-                    topic=message.topic,
-                    payload=payload,
-                    capture_ns=receipt_ns if capture_ns is None else capture_ns,
-                    receipt_ns=receipt_ns,
-                    qos=message.qos,
-                    retain=message.retain,
-                    properties=properties,
-                )
-            )
-            self.topics[message.topic] += 1
-            self.payload_bytes += len(payload)
-            if self.count >= self.limits.count:
-                self._end("message limit")
+            try:
+                self._write(message, receipt_ns)
+            except Exception as exc:  # noqa: BLE001 - on paho's thread nobody else would hear of it
+                self._fail(exc)
+
+    def on_subscribe(self, _client: paho.Client, _data: object, _id: int, codes: list[ReasonCode], *_: object) -> None:
+        """End where the broker does not grant a subscription."""
+        refused = [str(code) for code in codes if code.is_failure]
+        if refused:
+            with self._lock:
+                self._fail(EndpointError(f"the broker does not let us subscribe: {refused[0]}"))
+
+    def on_disconnect(self, *_: object) -> None:
+        """Count a lost connection; paho opens it again, and what was sent meanwhile is missing."""
+        with self._lock:
+            self.lost += not self.done.is_set()
 
     def flush(self) -> None:
         """Bring what was written to the disk."""
@@ -104,10 +113,38 @@ class Recorder:
             os.fsync(self.stream.fileno())
 
     def finish(self) -> None:
-        """Write the end of the file; later messages are ignored."""
+        """Write the end of the file, or raise what ended the recording; later messages are ignored."""
         with self._lock:
             self.done.set()
+            if isinstance(self.failure, AgentError | OSError):
+                raise self.failure
+            if self.failure is not None:
+                message = f"a message cannot be recorded: {type(self.failure).__name__}: {self.failure}"
+                raise RecordError(message) from self.failure
             self._writer.finish()
+
+    def _write(self, message: paho.MQTTMessage, receipt_ns: int) -> None:
+        payload, properties = bytes(message.payload), from_paho(message.properties)
+        capture_ns = stated_ns(payload, properties, self.keys)
+        self._writer.write(
+            Recorded(
+                topic=message.topic,
+                payload=payload,
+                capture_ns=receipt_ns if capture_ns is None else capture_ns,
+                receipt_ns=receipt_ns,
+                qos=message.qos,
+                retain=message.retain,
+                properties=properties,
+            )
+        )
+        self.topics[message.topic] += 1
+        self.payload_bytes += len(payload)
+        if self.count >= self.limits.count:
+            self._end("message limit")
+
+    def _fail(self, failure: Exception) -> None:
+        self.failure = self.failure or failure
+        self.done.set()
 
     def _full(self, size: int) -> bool:
         if self.payload_bytes + size <= self.limits.payload_bytes:
@@ -122,13 +159,14 @@ class Recorder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What a recording holds, and why it ended."""
+    """What a recording holds, and why it ended; `lost` is how often the connection was lost, and messages with it."""
 
     file: str
     count: int
     payload_bytes: int
     seconds: float
     ended: str
+    lost: int
     topics: dict[str, int]
 
 
@@ -148,7 +186,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Record until a limit or Ctrl-C; 0 done, 3 the broker or the disk is in trouble."""
+    """Record until a limit or Ctrl-C; 0 done, 3 the broker or the disk is in trouble, or the connection was lost."""
     wanted = Wanted(
         limits=Limits(payload_bytes=arguments.max_mb * 1e6, count=arguments.max_messages, seconds=arguments.duration),
         filters=tuple(arguments.topic or ("#",)),
@@ -160,21 +198,23 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"record: {exc}", file=sys.stderr)
         return TROUBLE_STATUS
     print(json.dumps(asdict(summary)) if arguments.json else _sentence(summary))
-    return 0
+    if summary.lost:
+        print(f"record: lost connections: {summary.lost}; messages may be missing", file=sys.stderr)
+    return TROUBLE_STATUS if summary.lost else 0
 
 
 def record(target: Path, address: Address, wanted: Wanted, *, quiet: bool) -> Summary:
-    """Record into the file; SIGINT and SIGTERM end it as a limit does. Raises EndpointError, OSError."""
+    """Record into the file; SIGINT and SIGTERM end it as a limit does. Raises RecordError, EndpointError, OSError."""
     part = target.with_name(f"{target.name}.part")
     begun = time.monotonic()
-    with part.open("wb") as stream, ended_by_signals() as stopped:
+    with _created(part) as stream:
         recorder = Recorder(stream=stream, limits=wanted.limits, keys=wanted.keys)
-        client = new_client(address, f"residency-record-{os.getpid()}")
-        client.on_message = recorder.on_message
-        with connected(client, address, on_connected=lambda own: _subscribe(own, wanted.filters)):
-            _watch(recorder, stopped, begun, quiet=quiet)
-        recorder.finish()
-        recorder.flush()
+        try:
+            _take(recorder, address, wanted.filters, begun, quiet=quiet)
+        except BaseException:
+            if not recorder.count:
+                part.unlink()
+            raise
     _index(part, target, recorder.count, quiet=quiet)
     return Summary(
         file=str(target),
@@ -182,8 +222,32 @@ def record(target: Path, address: Address, wanted: Wanted, *, quiet: bool) -> Su
         payload_bytes=recorder.payload_bytes,
         seconds=round(time.monotonic() - begun, 1),
         ended=recorder.reason,
+        lost=recorder.lost,
         topics=dict(sorted(recorder.topics.items())),
     )
+
+
+def _created(part: Path) -> IO[bytes]:
+    try:
+        return part.open("xb")
+    except FileExistsError as exc:
+        message = f"{part}: a recording that was cut off, or is being made; it reads as it is: give it another name"
+        raise RecordError(message) from exc
+
+
+def _take(recorder: Recorder, address: Address, filters: tuple[str, ...], begun: float, *, quiet: bool) -> None:
+    """Record until a limit, a signal or a failure, which is raised."""
+    client = new_client(address, own_id("record"))
+    client.on_message = recorder.on_message
+    client.on_subscribe = recorder.on_subscribe
+    client.on_disconnect = recorder.on_disconnect
+    with (
+        ended_by_signals() as stopped,
+        connected(client, address, on_connected=lambda own: _subscribe(own, filters)),
+    ):
+        _watch(recorder, stopped, begun, quiet=quiet)
+        recorder.finish()
+    recorder.flush()
 
 
 def _watch(recorder: Recorder, stopped: threading.Event, begun: float, *, quiet: bool) -> None:

@@ -8,27 +8,27 @@ attachment. A file that was cut at any byte reads up to the last whole record.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import msgspec
 from mcap.records import Attachment, Channel, Footer, Message, Metadata
 from mcap.writer import CompressionType, Writer
 
-from tools.mcap_records import records
-from tools.schemas import ChannelSchema, Form, fix_of, fix_schema, form_of, schema_of, unwrap, wrap
+from tools.mcap_records import RecordingError, records
+from tools.schemas import NANOSECONDS, ChannelSchema, Form, fix_of, fix_schema, form_of, schema_of, unwrap, wrap
 
 META_TOPIC = "/mqtt/meta"
 FIX_PREFIX = "/fix/"
 PROVENANCE = "provenance"
 PROFILE = "residency-mqtt"
 CHUNK_BYTES = 1 << 20
+FAR_NS = 3600 * NANOSECONDS
 META_SCHEMA = {
     "type": "object",
     "properties": {
@@ -59,6 +59,7 @@ class Properties:
 
 
 NO_PROPERTIES = Properties()
+NAMES = tuple(Properties.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,14 @@ class Recorded:
     qos: int = 1
     retain: bool = False
     properties: Properties = NO_PROPERTIES
+
+    @property
+    def moment_ns(self) -> int:
+        """When it happened in the recording: its receipt where the stated capture is far from that.
+
+        Retained messages of another day and clocks that nobody has set state such times.
+        """
+        return self.capture_ns if abs(self.receipt_ns - self.capture_ns) <= FAR_NS else self.receipt_ns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +128,7 @@ class RecordingWriter:
         sequence = self._next(channel)
         meta = _meta(message, channel, sequence)
         if meta:
-            self._add(self._meta_channel(), message, json.dumps(meta, separators=(",", ":")).encode())
+            self._add(self._meta_channel(), message, msgspec.json.encode(meta))
         self._writer.add_message(
             channel_id=channel,
             log_time=message.receipt_ns,
@@ -181,17 +190,31 @@ class RecordingWriter:
 
 
 def messages(path: Path) -> Iterator[Recorded]:
-    """Read the messages in the order of the file, which is that of receipt; a cut file ends early without an error."""
+    """Read the messages in the order of the file, which is that of receipt; a cut file ends early without an error.
+
+    Raises RecordingError for a damaged file, OSError.
+    """
+    try:
+        yield from _messages(path)
+    except RecordingError:
+        raise
+    except (KeyError, ValueError, msgspec.DecodeError) as exc:
+        what = f"nothing tells of {exc}" if isinstance(exc, KeyError) else str(exc)
+        message = f"{path}: not a readable recording: {what}"
+        raise RecordingError(message) from exc
+
+
+def _messages(path: Path) -> Iterator[Recorded]:
     channels: dict[int, _Known] = {}
-    meta: dict[tuple[int, int], dict[str, Any]] = {}
+    meta: dict[tuple[int, int], _Meta] = {}
     for record in records(path):
         if isinstance(record, Message):
             known = channels[record.channel_id]
             if known.meta:
-                values = msgspec.json.decode(record.data, type=dict[str, Any])
-                meta[values["channel"], values["sequence"]] = values
+                values = msgspec.json.decode(record.data, type=_Meta)
+                meta[values.channel, values.sequence] = values
             elif not known.derived:
-                yield _recorded(known, record, meta.pop((record.channel_id, record.sequence), {}))
+                yield _recorded(known, record, meta.pop((record.channel_id, record.sequence), DEFAULTS))
         elif isinstance(record, Channel):
             channels[record.id] = _Known(
                 topic=record.topic,
@@ -225,27 +248,33 @@ class _Known:
     derived: bool
 
 
-def _recorded(channel: _Known, record: Message, meta: Mapping[str, Any]) -> Recorded:
+class _Meta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What stands on the channel `/mqtt/meta` of the message with this channel and sequence; bytes are base64."""
+
+    channel: int = 0
+    sequence: int = 0
+    qos: int = 1
+    retain: bool = False
+    payload_format: int | None = None
+    expiry_s: int | None = None
+    content_type: str | None = None
+    response_topic: str | None = None
+    correlation: bytes | None = None
+    user: tuple[tuple[str, str], ...] = ()
+
+
+DEFAULTS = _Meta()  # of a message of which nothing is written there
+
+
+def _recorded(channel: _Known, record: Message, meta: _Meta) -> Recorded:
     return Recorded(
         topic=channel.topic,
         payload=unwrap(channel.form, record.data),
         capture_ns=record.publish_time,
         receipt_ns=record.log_time,
-        qos=meta.get("qos", 1),
-        retain=meta.get("retain", False),
-        properties=_properties(meta) if meta else NO_PROPERTIES,
-    )
-
-
-def _properties(meta: Mapping[str, Any]) -> Properties:
-    correlation = meta.get("correlation")
-    return Properties(
-        payload_format=meta.get("payload_format"),
-        expiry_s=meta.get("expiry_s"),
-        content_type=meta.get("content_type"),
-        response_topic=meta.get("response_topic"),
-        correlation=None if correlation is None else base64.b64decode(correlation),
-        user=tuple((key, value) for key, value in meta.get("user", ())),
+        qos=meta.qos,
+        retain=meta.retain,
+        properties=NO_PROPERTIES if meta is DEFAULTS else Properties(**{name: getattr(meta, name) for name in NAMES}),
     )
 
 
@@ -257,18 +286,10 @@ def _form(channel: Channel) -> Form:
     return Form.JSON if channel.message_encoding == "json" else Form.OPAQUE
 
 
-def _meta(message: Recorded, channel: int, sequence: int) -> dict[str, Any] | None:
-    """Collect what differs from the defaults, or None where nothing does."""
-    properties = message.properties
-    values: dict[str, Any] = {
-        "qos": message.qos if message.qos != 1 else None,
-        "retain": message.retain or None,
-        "payload_format": properties.payload_format,
-        "expiry_s": properties.expiry_s,
-        "content_type": properties.content_type,
-        "response_topic": properties.response_topic,
-        "correlation": None if properties.correlation is None else base64.b64encode(properties.correlation).decode(),
-        "user": [list(pair) for pair in properties.user] or None,
-    }
-    given = {key: value for key, value in values.items() if value is not None}
-    return {"channel": channel, "sequence": sequence, **given} if given else None
+def _meta(message: Recorded, channel: int, sequence: int) -> _Meta | None:
+    """What differs from the defaults, or None where nothing does."""
+    if message.properties is NO_PROPERTIES and message.qos == DEFAULTS.qos and not message.retain:
+        return None
+    given = {name: getattr(message.properties, name) for name in NAMES}
+    meta = _Meta(qos=message.qos, retain=message.retain, **given)
+    return None if meta == DEFAULTS else msgspec.structs.replace(meta, channel=channel, sequence=sequence)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import paho.mqtt.client as paho
+from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.errors import AgentError
-from tools.client import Address, Client, add_address_arguments, address_of, connected, new_client, to_paho
+from tools.client import Address, Client, add_address_arguments, address_of, connected, new_client, own_id, to_paho
 from tools.faults import FAULT_USAGE, LINKS, FaultError, parse_faults
 from tools.progress import progress
 from tools.recording import Recorded, messages
@@ -28,13 +30,16 @@ from tools.stamps import DEFAULT_KEYS, restamped
 
 IN_FLIGHT = 512  # publishes without PUBACK, or fewer where the broker says so; more of them wait here
 ACK_SECONDS = 30.0
+LOOK_SECONDS = 0.2  # how often a replay that waits for room looks for what went down with a connection
 GRAIN_S = 0.001  # shorter waits cost more than they are worth: what falls due meanwhile goes out together, late by this
+GONE = (MQTTErrorCode.MQTT_ERR_NO_CONN, MQTTErrorCode.MQTT_ERR_CONN_LOST)
+SHOWN = 100  # characters of a topic
 USAGE_STATUS = 2
 BROKEN_STATUS = 3
 
 
 class ReplayError(AgentError):
-    """The broker stopped acknowledging."""
+    """The broker stopped acknowledging, or a message cannot be published at all."""
 
 
 class UsageError(AgentError, ValueError):
@@ -43,10 +48,16 @@ class UsageError(AgentError, ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a replay did. Timing errors are how late messages were handed to the client, in milliseconds."""
+    """What a replay did. Timing errors are how late messages were handed to the client, in milliseconds.
+
+    `refused`: messages that the broker did not take, by its reason; `lost`: those at QoS 0 that went down with a
+    connection.
+    """
 
     sent: int
     acknowledged: int
+    refused: dict[str, int]
+    lost: int
     payload_bytes: int
     seconds: float
     late_p50_ms: float
@@ -66,6 +77,9 @@ class Player:
         self._window = min(IN_FLIGHT, client.receive_maximum)
         self._room = threading.BoundedSemaphore(self._window)
         self._acknowledged = 0
+        self._refused: Counter[str] = Counter()
+        self._lost = 0
+        self._unsent: deque[paho.MQTTMessageInfo] = deque()  # at QoS 0, in the order of sending
         client.on_publish = self._on_publish
 
     def stop(self) -> None:
@@ -99,24 +113,49 @@ class Player:
         return restamped(one.message, one.message.capture_ns + shift_ns, self._keys) if shift_ns else one.message
 
     def _publish(self, message: Recorded) -> None:
-        if not self._room.acquire(timeout=ACK_SECONDS):
-            raise _silent()
-        self._client.publish(
-            message.topic,
-            message.payload,
-            qos=message.qos,
-            retain=message.retain,
-            properties=to_paho(message.properties) if self._client.protocol == paho.MQTTv5 else None,
-        )
+        self._take_room()
+        try:
+            info = self._client.publish(
+                message.topic,
+                message.payload,
+                qos=message.qos,
+                retain=message.retain,
+                properties=to_paho(message.properties) if self._client.protocol == paho.MQTTv5 else None,
+            )
+        except ValueError as exc:
+            told = f"a message on {message.topic[:SHOWN]!r} cannot be published: {exc}"
+            raise ReplayError(told) from exc
+        if message.qos == 0:
+            self._unsent.append(info)
+            self._look_for_lost()
 
-    def _on_publish(self, *_: object) -> None:
-        self._acknowledged += 1
+    def _on_publish(self, _client: object, _data: object, _id: int, reason: ReasonCode, _properties: object) -> None:
+        if reason.is_failure:
+            self._refused[str(reason)] += 1
+        else:
+            self._acknowledged += 1
         self._room.release()
+
+    def _take_room(self) -> None:
+        deadline = time.monotonic() + ACK_SECONDS
+        while not self._room.acquire(timeout=LOOK_SECONDS):
+            self._look_for_lost()
+            if time.monotonic() > deadline:
+                raise _silent()
+
+    def _look_for_lost(self) -> None:
+        """Give back the room of messages at QoS 0 that no connection carried: nobody tells of those."""
+        while self._unsent:
+            if self._unsent[0].rc in GONE:
+                self._lost += 1
+                self._room.release()
+            elif not self._unsent[0].is_published():
+                return
+            self._unsent.popleft()
 
     def _drain(self) -> None:
         for _ in range(self._window):
-            if not self._room.acquire(timeout=ACK_SECONDS):
-                raise _silent()
+            self._take_room()
         for _ in range(self._window):
             self._room.release()
 
@@ -125,6 +164,8 @@ class Player:
         return Outcome(
             sent=sent,
             acknowledged=self._acknowledged,
+            refused=dict(self._refused),
+            lost=self._lost,
             payload_bytes=size,
             seconds=round(seconds, 3),
             late_p50_ms=p50,
@@ -159,7 +200,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Replay until the end or Ctrl-C; 0 done, 2 wrong usage, 3 broker or recording trouble, 130 interrupted."""
+    """Replay until the end or Ctrl-C; 0 done, 2 wrong usage, 3 broker or recording trouble, 130 interrupted.
+
+    A message that the broker refused, or that was lost with a connection, is trouble.
+    """
     try:
         outcome = replay(arguments.recording, address_of(arguments), _options(arguments), arguments)
     except (UsageError, FaultError) as exc:
@@ -169,13 +213,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"replay: {exc}", file=sys.stderr)
         return BROKEN_STATUS
     print(json.dumps(asdict(outcome)) if arguments.json else _sentence(outcome))
+    for reason, count in outcome.refused.items():
+        print(f"replay: the broker refused {count} messages: {reason}", file=sys.stderr)
+    if outcome.lost:
+        print(f"replay: lost with a connection: {outcome.lost} messages at QoS 0", file=sys.stderr)
+    if outcome.refused or outcome.lost:
+        return BROKEN_STATUS
     return INTERRUPTED_STATUS if outcome.stopped else 0
 
 
 def replay(path: Path, address: Address, options: Options, arguments: argparse.Namespace) -> Outcome:
     """Play the recording with a progress display; Ctrl-C stops after the message in hand."""
     keys = tuple(arguments.stamp or DEFAULT_KEYS)
-    client = new_client(address, f"residency-replay-{os.getpid()}")
+    client = new_client(address, own_id("replay"))
     with connected(client, address), progress(path.name, None, quiet=arguments.quiet) as advance:
         player = Player(client, fresh=arguments.fresh, keys=keys)
         count = itertools.count(1)

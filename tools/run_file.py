@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import msgspec
 
@@ -14,7 +14,7 @@ from agent.errors import AgentError
 from tools.judge import Delivery, Sent, Verdict
 from tools.recording import PROVENANCE, contents, messages
 from tools.replay import Outcome
-from tools.schemas import NANOSECONDS, json_object
+from tools.schemas import NANOSECONDS, json_object, position_of
 from tools.stamps import rfc3339
 from tools.toml_text import toml_text
 from tools.trial import Setting, Trial
@@ -22,7 +22,6 @@ from tools.whole_files import write_whole
 
 RUN_FILE, PICTURES = "run.json", "pictures"
 FORMAT = 1
-LATITUDE, LONGITUDE = "lat", "lon"
 
 
 class RunFileError(AgentError, ValueError):
@@ -154,16 +153,11 @@ def _track(recording: Path, sent: Sequence[Sent], start_ns: int) -> tuple[tuple[
     found = []
     for message in messages(recording):
         members = json_object(message.payload) if message.payload[:1] == b"{" else None
-        if not members or not start_ns <= message.capture_ns <= end_ns:
+        if not members or not start_ns <= message.moment_ns <= end_ns:
             continue
-        latitude, longitude = members.get(LATITUDE), members.get(LONGITUDE)
-        if _is_number(latitude) and _is_number(longitude):
-            found.append((round((message.capture_ns - start_ns) / NANOSECONDS, 3), float(latitude), float(longitude)))
+        if position := position_of(members):
+            found.append((round((message.moment_ns - start_ns) / NANOSECONDS, 3), *position))
     return tuple(found)
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _pictures(verdict: Verdict, start_ns: int) -> tuple[Picture, ...]:

@@ -14,6 +14,10 @@ from tools.recording import Recorded
 from tools.schemas import NANOSECONDS
 
 TOPICS_REMEMBERED = 4096
+# A clock that was set while it was recorded: the receipts go back by more than disorder explains, or on by more than a
+# pause in a drive does.
+DISORDER_NS = 10 * NANOSECONDS
+PAUSE_NS = 86_400 * NANOSECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,22 +83,33 @@ def renamed(topic: str, rename: tuple[tuple[str, str], ...]) -> str:
 
 
 def _selected(messages: Iterable[Recorded], options: Options) -> Iterator[tuple[float, Recorded]]:
-    """The messages that are replayed, each with its receipt in seconds after that of the recording's first."""
+    """The messages that are replayed, each with its place in the recording, in seconds."""
 
     @lru_cache(TOPICS_REMEMBERED)
     def wanted(topic: str) -> bool:
         chosen = any(matches(one, topic) for one in options.only)
         return chosen and not any(matches(one, topic) for one in options.without)
 
-    first: int | None = None
-    for message in messages:
-        first = message.receipt_ns if first is None else first
-        place_s = (message.receipt_ns - first) / NANOSECONDS
+    for place_s, message in _placed(messages):
         if place_s >= options.end_s:
             return
         if place_s >= options.start_s and wanted(message.topic):
             topic = renamed(message.topic, options.rename)
             yield place_s, message if topic == message.topic else replace(message, topic=topic)
+
+
+def _placed(messages: Iterable[Recorded]) -> Iterator[tuple[float, Recorded]]:
+    """Each message with its receipt in seconds after that of the first; setting the clock takes no time."""
+    begun_ns: int | None = None
+    latest_ns = 0
+    for message in messages:
+        if begun_ns is None:
+            begun_ns = latest_ns = message.receipt_ns
+        elif not -DISORDER_NS <= message.receipt_ns - latest_ns <= PAUSE_NS:
+            begun_ns += message.receipt_ns - latest_ns
+            latest_ns = message.receipt_ns
+        latest_ns = max(latest_ns, message.receipt_ns)
+        yield max(message.receipt_ns - begun_ns, 0) / NANOSECONDS, message
 
 
 def _arrivals(channel: Channel, message: Recorded, place_s: float, sent_s: float, options: Options) -> Iterator[Due]:

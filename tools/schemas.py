@@ -25,6 +25,7 @@ PICTURE_MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png"}
 LATITUDE_KEYS = ("lat", "latitude")
 LONGITUDE_KEYS = ("lon", "lng", "longitude")
 ACCURACY_KEYS = ("acc", "accuracy", "accuracy_m")
+LARGEST = 1e9  # degrees or metres; what is larger is no position and no accuracy
 
 
 class Form(Enum):
@@ -64,10 +65,10 @@ def picture_format(payload: bytes) -> str | None:
 
 
 def json_object(payload: bytes) -> dict[str, Any] | None:
-    """Parse a JSON object; None for any other payload."""
+    """Parse a JSON object; None for any other payload, and for one that is nested too deep."""
     try:
         return msgspec.json.decode(payload, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
@@ -106,12 +107,21 @@ def unwrap(form: Form, data: bytes) -> bytes:
         raise ValueError(message) from exc
 
 
-def fix_of(topic: str, payload: bytes, capture_ns: int) -> bytes | None:
-    """Encode the position in a JSON payload as `foxglove.LocationFix`, or None where it holds no valid one."""
-    members = json_object(payload) or {}
+def position_of(members: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Latitude and longitude of a JSON object in degrees; None where it holds no valid ones."""
     latitude, longitude = _number(members, LATITUDE_KEYS), _number(members, LONGITUDE_KEYS)
     if latitude is None or longitude is None or abs(latitude) > 90 or abs(longitude) > 180:
         return None
+    return latitude, longitude
+
+
+def fix_of(topic: str, payload: bytes, capture_ns: int) -> bytes | None:
+    """Encode the position in a JSON payload as `foxglove.LocationFix`, or None where it holds no valid one."""
+    members = json_object(payload) or {}
+    position = position_of(members)
+    if position is None:
+        return None
+    latitude, longitude = position
     fix = LocationFix(frame_id=topic, latitude=latitude, longitude=longitude)
     fix.timestamp.FromNanoseconds(capture_ns)
     accuracy = _number(members, ACCURACY_KEYS)
@@ -124,7 +134,9 @@ def fix_of(topic: str, payload: bytes, capture_ns: int) -> bytes | None:
 
 def _number(members: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
     value = next((members[key] for key in keys if key in members), None)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
+        return None
+    return float(value)
 
 
 def _members(payload: bytes) -> list[tuple[str, Any]]:

@@ -18,6 +18,7 @@ TIME_PROPERTY = "time"
 DEFAULT_KEYS = ("ts",)
 # Unix times of the years 2001-2286 in each unit fall below exactly one of these.
 MAX_TIME = 2**63  # what MCAP and most clocks can hold, in nanoseconds
+MAX_DIGITS = 19  # of it
 UNITS = ((1e11, 1), (1e14, 1_000), (1e17, 1_000_000))
 
 
@@ -32,10 +33,13 @@ def restamped(message: Recorded, capture_ns: int, keys: tuple[str, ...] = DEFAUL
 
 
 def stated_ns(payload: bytes, properties: Properties, keys: tuple[str, ...] = DEFAULT_KEYS) -> int | None:
-    """Read the capture time in Unix nanoseconds; the property comes before the payload, None where neither has one."""
+    """Read the capture time in Unix nanoseconds; the property comes before the payload, None where neither has one.
+
+    A time before 1970 or after 2262, such as the zero time of many libraries, is none.
+    """
     named = next((value for name, value in properties.user if name == TIME_PROPERTY), None)
     if named is not None:
-        return min(int(named), MAX_TIME - 1) if named.isdecimal() else _read(named)
+        return _number_ns(named) if named.isdecimal() else _read(named)
     members = (json_object(payload) or {}) if payload[:1] == b"{" else {}
     return next((_read(members[key]) for key in keys if key in members), None)
 
@@ -78,12 +82,20 @@ def _text(original: str, capture_ns: int) -> str:
     return str(capture_ns) if original.isdecimal() else rfc3339(capture_ns)
 
 
+def _number_ns(digits: str) -> int | None:
+    return _in_range(int(digits)) if len(digits) <= MAX_DIGITS else None
+
+
+def _in_range(time_ns: int | None) -> int | None:
+    return time_ns if time_ns is not None and 0 <= time_ns < MAX_TIME else None
+
+
 def _read(value: object) -> int | None:
     if isinstance(value, str):
-        return read_rfc3339(value)
+        return _in_range(read_rfc3339(value))
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_TIME:
         return None
-    return round(value * (NANOSECONDS // _per_second(value)))
+    return _in_range(round(value * (NANOSECONDS // _per_second(value))))
 
 
 def _per_second(value: float) -> int:

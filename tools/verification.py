@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
 
 from tools.expectations import Check, Expectations, checks, fields_of, permits_of
 from tools.importing.truth import ATTACHMENT, Labelled, Truth
 from tools.judge import Judge, Sent, Verdict, judge_counts
 from tools.recording import Recorded, contents, messages
 from tools.schemas import NANOSECONDS
-from tools.trial import Sending, Setting, Trial
+from tools.trial import Sending, Setting, Trial, TrialError
 
 Conduct = Callable[[Setting, Sending], Awaitable[Trial]]
 
 
 @dataclass(slots=True, kw_only=True)
 class TruthLog:
-    """What was sent, and where it was really captured as far as anybody says."""
+    """What was sent, and where it was really captured as far as anybody says.
+
+    `start_ns` is the receipt of the recording's first message; what was captured before counts as captured then.
+    """
 
     expected: Expectations
     truth: Truth | None
@@ -32,7 +38,7 @@ class TruthLog:
 
     def note(self, message: Recorded, original: Recorded) -> None:
         """Keep one message as it was sent; `original` is how it was recorded."""
-        second = (original.capture_ns - self.start_ns) / NANOSECONDS
+        second = max(original.capture_ns - self.start_ns, 0) / NANOSECONDS
         labelled = self.objects.get((original.topic, original.capture_ns))
         self.sent.append(
             Sent(
@@ -40,7 +46,7 @@ class TruthLog:
                 payload=message.payload,
                 country=self.expected.country_at(second, self.truth, original.capture_ns),
                 objects=labelled.objects if labelled else (),
-                recorded_ns=original.capture_ns,
+                recorded_ns=original.moment_ns,
                 captured_ns=message.capture_ns,
             )
         )
@@ -48,24 +54,37 @@ class TruthLog:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """How a recording went, and what became of each expectation."""
+    """How a recording went, and what became of each expectation; its text has no payloads, as that of a verdict."""
 
-    sent: list[Sent]
+    sent: list[Sent] = field(repr=False)
     trial: Trial
     verdict: Verdict
     checks: list[Check]
 
 
 async def judged(setting: Setting, expected: Expectations, conduct: Conduct) -> Verification:
-    """Conduct the trial and judge it; raises AgentError where the trial itself fails. Safe to cancel."""
-    attached = contents(setting.recording).attachments.get(ATTACHMENT)
-    truth = Truth.decode(attached) if attached else None
-    start_ns = min((one.capture_ns for one in messages(setting.recording)), default=0)
-    log = TruthLog(expected=expected, truth=truth, start_ns=start_ns)
+    """Conduct the trial and judge it; raises AgentError where the trial itself fails, or nothing is in it.
+
+    Safe to cancel.
+    """
+    start_ns = next((one.receipt_ns for one in messages(setting.recording)), 0)
+    log = TruthLog(expected=expected, truth=_truth(setting.recording), start_ns=start_ns)
     trial = await conduct(setting, log.note)
+    if not log.sent:
+        message = f"{setting.recording}: no message in it, or none in the part that is judged"
+        raise TrialError(message)
     verdict = await asyncio.to_thread(_judge, log.sent, trial, setting)
     done = list(checks(expected, log.sent, verdict))
     return Verification(sent=log.sent, trial=trial, verdict=verdict, checks=done)
+
+
+def _truth(recording: Path) -> Truth | None:
+    attached = contents(recording).attachments.get(ATTACHMENT)
+    try:
+        return Truth.decode(attached) if attached is not None else None
+    except msgspec.DecodeError as exc:
+        message = f"{recording}: its {ATTACHMENT} is none: {exc}"
+        raise TrialError(message) from exc
 
 
 def _judge(sent: list[Sent], trial: Trial, setting: Setting) -> Verdict:

@@ -27,6 +27,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from agent.errors import AgentError
 from tools import archive, archive_page, archive_results, offline
@@ -187,9 +188,9 @@ def _print(done: Sequence[Check], folder: Path, *, as_json: bool) -> None:
     for column in ("", "check", "wanted", "found"):
         table.add_column(column)
     for one in done:
-        mark = "[green]pass[/green]" if one.passed else "[red]FAIL[/red]"
+        mark = Text("pass", "green") if one.passed else Text("FAIL", "red")
         table.add_row(mark, one.name, one.wanted, one.found)
-    console = Console()
+    console = Console(markup=False)  # topics may hold brackets
     console.print(table)
     console.print(f"Files of this run: {folder}; `residency-tools report {folder}` makes a page of it.", soft_wrap=True)
 
@@ -205,4 +206,6 @@ def _print_archive(results: Sequence[archive_results.Result], out: Path, *, as_j
         console.print(f"[red]{one.outcome}[/red] {escape(one.recording)}: {escape(one.reason)}", soft_wrap=True)
     hours = sum(one.drive_s for one in results) / 3600
     told = ", ".join(f"{number} {name}" for name, number in numbers.items())
-    console.print(f"{len(results)} recordings, {hours:.1f} h: {told}. Table and page: {out}", soft_wrap=True)
+    console.print(
+        f"{len(results)} recordings, {hours:.1f} h: {told}. Table and page: {escape(str(out))}", soft_wrap=True
+    )

@@ -21,6 +21,16 @@ LEAST_GAP_S = 0.1  # 10 Hz: the log's 83 Hz are a bus, not telemetry
 def read(folder: Path) -> Iterator[Recorded]:
     """Yield the messages, each kind in order; raises SourceError."""
     log = folder / "processed_log"
+    try:
+        yield from _messages(log)
+    except SourceError:
+        raise
+    except ValueError as exc:
+        message = f"{log}: {exc}"
+        raise SourceError(message) from exc
+
+
+def _messages(log: Path) -> Iterator[Recorded]:
     boot, fixes = _series(log / "GNSS" / "live_gnss_ublox")
     if fixes.ndim != 2 or fixes.shape[1] != COLUMNS or not len(fixes):
         message = f"{log / 'GNSS' / 'live_gnss_ublox'}: wanted {COLUMNS} columns, found shape {fixes.shape}"

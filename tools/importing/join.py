@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tools.importing.rows import GNSS_TOPIC
+from tools.importing.rows import GNSS_TOPIC, carried
 from tools.recording import Recorded
 from tools.schemas import NANOSECONDS
 from tools.stamps import restamped
@@ -30,7 +30,7 @@ def joined(
     """Give all messages in order of time, and the provenance.
 
     Aligning shifts the later drives to the first's start; `start_ns` shifts the first one too. A car is in one place:
-    positions are taken from the first drive that has any.
+    positions are taken from the first drive that has any. Raises SourceError for a time before 1970.
     """
     provenance = {"composite": "true" if len(drives) > 1 else "false"}
     first_ns = drives[0].start_ns if start_ns is None else start_ns
@@ -50,4 +50,4 @@ def joined(
 def _shifted(messages: Sequence[Recorded], shift_ns: int) -> Iterator[Recorded]:
     for message in messages:
         moved = restamped(message, message.capture_ns + shift_ns) if shift_ns else message
-        yield replace(moved, receipt_ns=message.receipt_ns + shift_ns)
+        yield carried(replace(moved, receipt_ns=message.receipt_ns + shift_ns))

@@ -2,7 +2,8 @@
 
 Two formats: `%j`, and for payloads of any bytes
 `{"tst":"%U","topic":"%t","qos":%q,"retain":%r,"hex":"%x"}`. With `%j` mosquitto leaves out payloads that are not UTF-8;
-such a line is an error rather than an empty message.
+such a line is an error rather than an empty message. The capture time is the one that a message states, else that of
+its receipt.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tools.importing.rows import BadRowError, Complain, strict
+import msgspec
+
+from tools.importing.rows import BadRowError, Complain, carried, strict
 from tools.recording import Properties, Recorded
 from tools.schemas import NANOSECONDS
+from tools.stamps import stated_ns
 
-_UNIX = re.compile(r"(\d{1,10})\.(\d{1,9})")
+_UNIX = re.compile(r"(\d{1,10})(?:\.(\d{1,9}))?")
 _ZONED = re.compile(r"Z(?=[+-]\d{4}$)")  # mosquitto 2.0 writes both: 2026-01-01T00:00:00.000000Z+0000
 
 
@@ -30,7 +34,7 @@ def read(path: Path, complain: Complain = strict) -> Iterator[Recorded]:
                 continue
             try:
                 yield _message(json.loads(line, object_pairs_hook=_pairs))
-            except (ValueError, KeyError, TypeError, OverflowError) as exc:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError, msgspec.ValidationError) as exc:
                 what = f"no {exc.args[0]!r}" if isinstance(exc, KeyError) else str(exc)
                 complain(BadRowError(path, number, what))
 
@@ -52,14 +56,18 @@ def _message(row: object) -> Recorded:
         message = "not a JSON object"
         raise TypeError(message)
     receipt_ns = _time_ns(str(row["tst"]))
-    return Recorded(
-        topic=str(row["topic"]),
-        payload=_payload(row),
-        capture_ns=receipt_ns,
-        receipt_ns=receipt_ns,
-        qos=int(row.get("qos", 1)),
-        retain=bool(row.get("retain", 0)),
-        properties=_properties(row.get("properties", _Object())),
+    payload, properties = _payload(row), _properties(row.get("properties", _Object()))
+    capture_ns = stated_ns(payload, properties)
+    return carried(
+        Recorded(
+            topic=msgspec.convert(row["topic"], str),
+            payload=payload,
+            capture_ns=receipt_ns if capture_ns is None else capture_ns,
+            receipt_ns=receipt_ns,
+            qos=int(row.get("qos", 1)),
+            retain=bool(row.get("retain", 0)),
+            properties=properties,
+        )
     )
 
 
@@ -78,22 +86,30 @@ def _payload(row: _Object) -> bytes:
 def _time_ns(text: str) -> int:
     unix = _UNIX.fullmatch(text)
     if unix:
-        return int(unix[1]) * NANOSECONDS + int(unix[2].ljust(9, "0"))
-    moment = datetime.fromisoformat(_ZONED.sub("", text))
+        return int(unix[1]) * NANOSECONDS + int((unix[2] or "").ljust(9, "0"))
+    try:
+        moment = datetime.fromisoformat(_ZONED.sub("", text))
+    except ValueError as exc:
+        message = f"the time {text} is neither Unix seconds nor ISO 8601"
+        raise ValueError(message) from exc
     if moment.tzinfo is None:
         message = f"the time {text} has no zone"
         raise ValueError(message)
     return round(moment.timestamp() * 1_000_000) * 1000
 
 
-def _properties(found: _Object) -> Properties:
-    user = found.get("user-properties", _Object())
+def _properties(found: object) -> Properties:
+    user = found.get("user-properties", _Object()) if isinstance(found, _Object) else None
+    if not isinstance(found, _Object) or not isinstance(user, _Object):
+        message = "the properties, or the user properties, are not an object"
+        raise TypeError(message)
     correlation = found.get("correlation-data")
-    return Properties(
-        payload_format=found.get("payload-format-indicator"),
-        expiry_s=found.get("message-expiry-interval"),
-        content_type=found.get("content-type"),
-        response_topic=found.get("response-topic"),
-        correlation=None if correlation is None else str(correlation).encode(),
-        user=tuple((name, str(value)) for name, value in user.pairs),
-    )
+    values = {
+        "payload_format": found.get("payload-format-indicator"),
+        "expiry_s": found.get("message-expiry-interval"),
+        "content_type": found.get("content-type"),
+        "response_topic": found.get("response-topic"),
+        "correlation": None if correlation is None else str(correlation).encode(),
+        "user": tuple((name, str(value)) for name, value in user.pairs),
+    }
+    return msgspec.convert(values, Properties, builtin_types=(bytes,))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.importing.rows import TELEMETRY_PREFIX, SourceError, fix_message, json_message
+from tools.importing.rows import TELEMETRY_PREFIX, BadRowError, Complain, SourceError, fix_message, json_message, strict
 from tools.recording import Recorded
 from tools.schemas import NANOSECONDS
 
@@ -17,8 +18,11 @@ ACCURACY, VALIDITY = "PositionAccuracy", "PositionValid"
 LEAST_GAP_NS = NANOSECONDS // 10  # faster CAN messages are thinned to this: cars send telemetry, not their bus
 
 
-def read(path: Path, dbc: Path) -> Iterator[Recorded]:
-    """Yield the messages of a log; those of each CAN message are in order, the whole is not. Raises SourceError."""
+def read(path: Path, dbc: Path, complain: Complain = strict) -> Iterator[Recorded]:
+    """Yield the messages of a log; those of each CAN message are in order, the whole is not. Raises SourceError.
+
+    Positions that are none, such as those of a receiver without a fix, go to `complain`.
+    """
     try:
         from asammdf import MDF  # noqa: PLC0415 - LGPL, and only this format needs it
     except ImportError as exc:
@@ -31,7 +35,11 @@ def read(path: Path, dbc: Path) -> Iterator[Recorded]:
         with MDF(path) as log, log.extract_bus_logging({"CAN": [(str(dbc), 0)]}) as decoded:
             start_ns = round(log.header.start_time.timestamp() * 1_000_000) * 1000
             for index, group in enumerate(decoded.groups):
-                yield from _group(decoded, index, group, start_ns)
+                for number, (topic, time_ns, values) in enumerate(_rows(decoded, index, group, start_ns), start=1):
+                    try:
+                        yield from _messages(topic, time_ns, values)
+                    except ValueError as exc:
+                        complain(BadRowError(path, number, f"{topic}: {exc}"))
     except SourceError:
         raise
     except Exception as exc:
@@ -39,7 +47,13 @@ def read(path: Path, dbc: Path) -> Iterator[Recorded]:
         raise SourceError(message) from exc
 
 
-def _group(decoded: Any, index: int, group: Any, start_ns: int) -> Iterator[Recorded]:  # noqa: ANN401 - untyped library
+def _rows(
+    decoded: Any,  # noqa: ANN401 - untyped library
+    index: int,
+    group: Any,  # noqa: ANN401 - as above
+    start_ns: int,
+) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """Topic, time and values of each CAN message of a group, thinned; a value that is no number is left out."""
     names = [channel.name for channel in group.channels if channel.name != "time"]
     signals = {
         name: decoded.get(name, group=index, raw=True).physical(ignore_value2text_conversions=True) for name in names
@@ -52,7 +66,8 @@ def _group(decoded: Any, index: int, group: Any, start_ns: int) -> Iterator[Reco
         time_ns = start_ns + round(float(second) * NANOSECONDS)
         if time_ns - last_ns >= LEAST_GAP_NS:
             last_ns = time_ns
-            yield from _messages(topic, time_ns, {name: _plain(one.samples[row]) for name, one in signals.items()})
+            values = {name: _plain(one.samples[row]) for name, one in signals.items()}
+            yield topic, time_ns, {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _messages(topic: str, time_ns: int, values: dict[str, float]) -> Iterator[Recorded]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from tools.importing.rows import BadRowError, Complain, accuracy_of_hdop, fix_message, strict
 from tools.recording import Recorded
 
-_SENTENCE = re.compile(r"\$([A-Z]{2}[A-Z]{3},[^*]*)(?:\*([0-9A-Fa-f]{2}))?")
+_SENTENCE = re.compile(r"[$!]([A-Z][A-Z0-9]+,[^*]*)(?:\*([0-9A-Fa-f]{2}))?")
+_MAKERS = "P"  # begins a maker's own sentence, such as $PUBX or $PMTK001, which may end as a standard one does
 CENTURY = 2000  # RMC has two digits of the year; GNSS logs are younger than 2000
 HDOP_FIELD = 8
 
@@ -27,9 +28,10 @@ def read(path: Path, complain: Complain = strict) -> Iterator[Recorded]:
                 continue
             try:
                 fields = _fields(text)
-                if fields[0][2:] == "GGA":
+                kind = "" if fields[0].startswith(_MAKERS) else fields[0][2:]
+                if kind == "GGA":
                     hdop = float(fields[HDOP_FIELD]) if fields[HDOP_FIELD] else None
-                elif fields[0][2:] == "RMC" and fields[2] == "A":
+                elif kind == "RMC" and fields[2] == "A":
                     yield _fix(fields, hdop)
             except (ValueError, IndexError) as exc:
                 complain(BadRowError(path, number, str(exc) or "fields are missing"))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from agent.errors import AgentError
+from agent.topics import MAX_TOPIC_BYTES
 from tools.recording import Properties, Recorded
 from tools.schemas import NANOSECONDS
 from tools.stamps import TIME_PROPERTY
@@ -16,6 +17,9 @@ CAMERA_TOPIC = "vehicle/camera/front"
 TELEMETRY_PREFIX = "vehicle/telemetry/"
 METRES_PER_HDOP = 5.0  # user equivalent range error (1 sigma) of a single-frequency receiver, rounded up; times 2 below
 LATEST_NS = 2**63 - 1
+SHOWN = 100  # characters of a topic
+EXPIRIES = range(1 << 32)  # seconds; MQTT 5.0, 3.3.2.3.3: four bytes
+FORMATS = (None, 0, 1)  # MQTT 5.0, 3.3.2.3.2
 
 
 class SourceError(AgentError, ValueError):
@@ -37,11 +41,29 @@ def strict(error: BadRowError) -> None:
     raise error
 
 
+def carried(message: Recorded) -> Recorded:
+    """Give back a message that MQTT and a recording can carry; raises SourceError for any other."""
+    if not all(0 <= time_ns <= LATEST_NS for time_ns in (message.capture_ns, message.receipt_ns)):
+        what = "the time is not between 1970 and 2262"
+    elif not message.topic or set("+#\0") & set(message.topic) or len(message.topic.encode()) > MAX_TOPIC_BYTES:
+        what = f"{message.topic[:SHOWN]!r} is not a topic to publish to"
+    elif message.qos not in {0, 1, 2}:
+        what = f"there is no QoS {message.qos}"
+    elif (message.properties.expiry_s or 0) not in EXPIRIES or message.properties.payload_format not in FORMATS:
+        what = "the message expiry or the payload format is out of range"
+    else:
+        return message
+    raise SourceError(what)
+
+
 def json_message(topic: str, time_ns: int, members: Mapping[str, object]) -> Recorded:
-    """Make a JSON message that states its capture time as `ts`, in Unix seconds."""
-    payload = json.dumps({"ts": time_ns / NANOSECONDS, **members}, separators=(",", ":")).encode()
+    """Make a JSON message that states its capture time as `ts`, in Unix seconds; raises ValueError for what is none."""
+    values = {"ts": time_ns / NANOSECONDS, **members}
+    payload = json.dumps(values, separators=(",", ":"), allow_nan=False).encode()
     properties = Properties(content_type="application/json")
-    return Recorded(topic=topic, payload=payload, capture_ns=time_ns, receipt_ns=time_ns, properties=properties)
+    return carried(
+        Recorded(topic=topic, payload=payload, capture_ns=time_ns, receipt_ns=time_ns, properties=properties)
+    )
 
 
 def fix_message(time_ns: int, latitude: float, longitude: float, accuracy_m: float | None) -> Recorded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from typing import Annotated
 
 import msgspec
 
@@ -25,10 +26,10 @@ class Labelled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Truth(msgspec.Struct, frozen=True, kw_only=True):
-    """Positions (Unix ns, latitude, longitude), crossings in order of time, labelled pictures."""
+    """Positions (Unix ns, latitude, longitude), crossings in order of time, at least one, labelled pictures."""
 
     positions: tuple[tuple[int, float, float], ...]
-    crossings: tuple[Crossing, ...]
+    crossings: Annotated[tuple[Crossing, ...], msgspec.Meta(min_length=1)]
     pictures: tuple[Labelled, ...]
 
     def country_at(self, time_ns: int) -> str:

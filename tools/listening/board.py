@@ -36,6 +36,7 @@ class Board:
     verdicts: Counter[Verdict] = field(default_factory=Counter)
     refusals: deque[str] = field(default_factory=lambda: deque(maxlen=LATEST_REFUSALS))
     connected: bool = False
+    trouble: str = ""  # why it was not, the last time
 
     @property
     def good(self) -> int:
@@ -85,7 +86,8 @@ class Board:
     def table(self, missing: Mapping[str, int], now: float) -> Group:
         """Give the figures for people."""
         seconds = max(now - self.started, 1e-9)
-        table = Table("region", title=f"{'connected' if self.connected else 'not connected'}, {seconds:.0f} s")
+        state = "connected" if self.connected else f"not connected: {self.trouble}" if self.trouble else "not connected"
+        table = Table("region", title=Text(f"{state}, {seconds:.0f} s"))
         for heading in ("good", "per s", "duplicates", "missing", "MB", "lag s"):
             table.add_column(heading, justify="right")
         for name, one in sorted(self.regions.items()):

@@ -2,16 +2,20 @@
 
     region=cn,hk/date=2026-09-21/class=telemetry/CONSUMER-ROLL.jsonl
 
-The date is that of capture, in UTC. A JSONL line is an event in the CloudEvents JSON format, with `topic` and `keyid`
-beside the attributes; data whose type is JSON stands in `data` as it came, any other in `data_base64`.
+The date is that of capture, in UTC. Of a region or class that is too long for the name of a folder, the name holds the
+beginning and a digest; the records hold it as it is. A JSONL line is an event in the CloudEvents JSON format, with
+`topic` and `keyid` beside the attributes; data whose type is JSON stands in `data` as it came, any other in
+`data_base64`.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +25,9 @@ from agent.errors import AgentError
 from agent.wire.attributes import NAMES, parse_time
 from tools.listening.inbox import Roll, Row
 
+LONGEST_NAME = 200  # bytes; Linux takes 255, of which the key and the digest need some
+DIGEST_DIGITS = 16
+LATEST_NS = 2**63 - 1  # what a Parquet timestamp in nanoseconds holds: the year 2262
 Rows = list[Row]
 
 
@@ -38,8 +45,17 @@ def store(folder: Path, form: str, consumer: str, roll: Roll) -> list[Path]:
 
 def partition(fields: dict[str, str]) -> Path:
     """The folder of a record, relative to the output's."""
-    region, class_ = (quote(fields[name], safe=",") for name in ("dataregion", "dataclassification"))
+    region, class_ = (_named(fields[name]) for name in ("dataregion", "dataclassification"))
     return Path(f"region={region}", f"date={fields['time'][:10]}", f"class={class_}")
+
+
+def _named(text: str) -> str:
+    """The text as part of a file name; raises nothing, however long it is."""
+    name = quote(text, safe=",")
+    if len(name) <= LONGEST_NAME:
+        return name
+    beginning = re.sub("%[0-9A-F]?$", "", name[:LONGEST_NAME])
+    return f"{beginning}~{hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]}"
 
 
 def jsonl(rows: Rows) -> bytes:
@@ -48,14 +64,18 @@ def jsonl(rows: Rows) -> bytes:
 
 
 def parquet(rows: Rows) -> bytes:
-    """One row per event: attributes as text, times as UTC nanoseconds, sequence as integer, data as bytes."""
+    """One row per event: attributes as text, times as UTC nanoseconds, sequence as integer, data as bytes.
+
+    A time after 2262 is null.
+    """
     pyarrow, writer = needed("pyarrow"), needed("pyarrow.parquet")
     columns: dict[str, Any] = {}
     for name in sorted({*NAMES, "topic", "keyid"}):
         found = [row.fields.get(name) for row in rows]
         if name in {"time", "recordedtime"}:
             stamps = [parse_time(text) for text in found if text is not None]
-            columns[name] = pyarrow.array(stamps, pyarrow.timestamp("ns", "UTC"))
+            kept = [one if one <= LATEST_NS else None for one in stamps]
+            columns[name] = pyarrow.array(kept, pyarrow.timestamp("ns", "UTC"))
         elif name == "sequence":
             columns[name] = pyarrow.array([int(text) for text in found if text is not None], pyarrow.int64())
         else:

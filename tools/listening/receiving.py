@@ -59,12 +59,13 @@ class Options:
 
 @dataclass(slots=True, kw_only=True)
 class Listener:
-    """One consumer at work. `show` is called about once per tick."""
+    """One consumer at work. `show` is called about once per tick, `tell` with why the connection is away."""
 
     options: Options
     inbox: Inbox
     board: Board
     show: Callable[[], None] = lambda: None
+    tell: Callable[[str], None] = lambda _why: None
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     _rolled: float = field(default_factory=time.monotonic)
     _heard: float | None = None
@@ -85,9 +86,11 @@ class Listener:
             connection = Connection(self.options.session, queue_limit=BATCH, queue_bytes=QUEUE_BYTES)
             try:
                 await self._serve(connection)
-            except EndpointError:
+            except EndpointError as exc:
                 if not (ever or self.board.connected):
                     raise
+                self.board.trouble = str(exc)
+                self.tell(self.board.trouble)
             finally:
                 ever, self.board.connected = ever or self.board.connected, False
                 connection.close()
