@@ -16,6 +16,8 @@ from agent.places.regions import RegionMap
 from agent.policy import Policy, is_loopback
 from agent.settings.config import (
     AgentConfig,
+    Broker,
+    Credential,
     PositionSource,
     load_agent,
     load_policy,
@@ -221,6 +223,7 @@ def _not_installed(policy: Policy, file: Path) -> Iterator[ConfigError]:
 def _between(config: AgentConfig, policy: Policy, file: Path) -> Iterator[ConfigError]:
     for name in config.credentials.keys() - policy.endpoints.keys():
         yield ConfigError(file, f"credentials.{name}", name, f"an endpoint: {', '.join(sorted(policy.endpoints))}")
+    yield from _halves(config, file)
     countries = {country for region in policy.config.regions.values() for country in region.countries}
     for key in ("registration", "fixed_country"):
         country = getattr(config.vehicle, key)
@@ -233,3 +236,15 @@ def _between(config: AgentConfig, policy: Policy, file: Path) -> Iterator[Config
                 yield ConfigError(file, "vehicle.registration", "nothing", wanted)
     if not config.position and not config.vehicle.fixed_country:
         yield ConfigError(file, "position", "nothing", "at least one [[position]], or vehicle.fixed_country")
+
+
+def _halves(config: AgentConfig, file: Path) -> Iterator[ConfigError]:
+    """A password without a name, and a key without a certificate, would be left out without a word."""
+    logins: dict[str, Broker | Credential] = {"broker": config.broker}
+    logins |= {f"credentials.{name}": credential for name, credential in config.credentials.items()}
+    for table, login in logins.items():
+        if login.password_file and not login.username:
+            yield ConfigError(file, f"{table}.username", "nothing", "the name that the password is for")
+    for name, credential in config.credentials.items():
+        if credential.key_file and not credential.cert_file:
+            yield ConfigError(file, f"credentials.{name}.cert_file", "nothing", "the certificate that the key is for")

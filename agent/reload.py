@@ -199,6 +199,8 @@ class Reloader:
         shrunk = setup.policy.shrunk(self._accepted.meanings)
         if shrunk:
             await self.uplinks.stop(list(self.uplinks.running))
+            if self._inward.board.claimed:  # nobody else may end these, and they carry such a region perhaps
+                raise AgentError("what became of records is not written down yet")
             count = await self.resolver.give_up(shrunk)
             log.warning("reload.regions-redefined", extra={"regions": sorted(shrunk), "refused": count})
         accepted = self._accepted.after(setup)

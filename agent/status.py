@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from agent.boot import boot_id
 from agent.histogram import within
 from agent.messages import State
 from agent.store.entries import Counts
@@ -54,7 +55,8 @@ def as_dict(counts: Counts, oldest: Mapping[State, int]) -> dict[str, Any]:
 def gather(ledger_path: Path, status_path: Path) -> dict[str, Any]:
     """Everything that is known of a running or a stopped agent; raises LedgerError without a readable ledger."""
     content = read(status_path)
-    content["running"] = _is_running(content.get("pid"))
+    this_boot = content.get("boot_id", boot_id()) == boot_id()  # else its pid is another process's
+    content["running"] = this_boot and _is_running(content.get("pid"))
     content["counts"] = as_dict(Ledger.read_counts(ledger_path), Ledger.read_oldest(ledger_path))
     return content
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from agent import status
 from agent.boot import boot_ns
+from agent.errors import LedgerStalledError
 from agent.intake.intake import Fixes, Intake
 from agent.memory import resident_bytes
 from agent.redaction.pool import RedactionPool
@@ -71,8 +72,14 @@ def of_uplinks(uplinks: Mapping[str, Uplink]) -> dict[str, Any]:
 
 
 async def of_ledger(committer: Committer) -> dict[str, Any]:
-    """Counters and queue; returns only when the ledger's thread does. Raises LedgerError."""
-    counts, oldest = await committer.call(lambda ledger: (ledger.counts(), ledger.oldest()))
+    """Counters and queue; returns only when the ledger's thread does. Raises LedgerError where the ledger is damaged.
+
+    Where the disk cannot be read now, the ages are missing: the counters are in memory.
+    """
+    try:
+        counts, oldest = await committer.call(lambda ledger: (ledger.counts(), ledger.oldest()))
+    except LedgerStalledError as exc:
+        return {"counts": status.as_dict(committer.ledger.counts(), {}), "stalled": str(exc)}
     return {"counts": status.as_dict(counts, oldest), "stalled": committer.stalled}
 
 

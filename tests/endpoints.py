@@ -80,6 +80,7 @@ class Bench:
     policy: Policy
     ports: dict
     options: dict
+    again: object = lambda _: None
     uplinks: dict = field(default_factory=dict)
     tasks: dict = field(default_factory=dict)
 
@@ -87,21 +88,31 @@ class Bench:
         records = [record(number, **fields) for number in numbers]
         await asyncio.gather(*(self.committer.submit(Store(record=one)) for one in records))
 
+    def options_of(self, name):
+        session = Session(host="127.0.0.1", port=self.ports[name], client_id=f"car-{name}", keepalive_s=30)
+        own = {key: self.options[key] for key in ("protocol", "keepalive_s") if key in self.options}
+        return UplinkOptions(
+            name=name,
+            vehicle="car",
+            session=replace(session, **own),
+            peer=PeerRules(host="127.0.0.1", port=self.ports[name], tls=False),
+            **{"topic": "{region}/{vehicle}/{topic}"}
+            | {key: value for key, value in self.options.items() if key not in own},
+        )
+
+    def make(self, options):
+        self.uplinks[options.name] = Uplink(
+            options, lambda: self.policy, "", self.committer, self.board, again=self.again
+        )
+        return self.uplinks[options.name]
+
+    def run(self, name, loop):
+        self.tasks[name] = asyncio.create_task(loop, name=name)
+        return self.tasks[name]
+
     def start(self, *names):
         for name in names or self.ports:
-            session = Session(host="127.0.0.1", port=self.ports[name], client_id=f"car-{name}", keepalive_s=30)
-            own = {key: self.options[key] for key in ("protocol", "keepalive_s") if key in self.options}
-            options = UplinkOptions(
-                name=name,
-                vehicle="car",
-                session=replace(session, **own),
-                peer=PeerRules(host="127.0.0.1", port=self.ports[name], tls=False),
-                **{"topic": "{region}/{vehicle}/{topic}"}
-                | {key: value for key, value in self.options.items() if key not in own},
-            )
-            uplink = Uplink(options, lambda: self.policy, "", self.committer, self.board)
-            self.uplinks[name] = uplink
-            self.tasks[name] = asyncio.create_task(uplink.run_loop(), name=f"uplink-{name}")
+            self.run(name, self.make(self.options_of(name)).run_loop())
 
     async def stop(self, *names):
         for name in names or list(self.tasks):

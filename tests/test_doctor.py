@@ -226,7 +226,8 @@ def test_secret_that_others_can_read_or_that_is_missing_is_a_finding(setup, tmp_
 
 def test_secrets_of_endpoints_are_looked_at_as_well(setup, tmp_path):
     (tmp_path / "agent.toml").write_text(
-        setup.file.read_text() + '[credentials.cn]\npassword_file = "absent"\nkey_file = "absent"\n'
+        f'{setup.file.read_text()}[credentials.cn]\nusername = "car"\npassword_file = "absent"\n'
+        'cert_file = "absent"\nkey_file = "absent"\n'
     )
     found = list(machine.permissions(assembly.load(tmp_path / "agent.toml")))
     assert [finding.detail.split(":")[0] for finding in found] == [

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import paho.mqtt.client
 import pytest
 from authority import Authority
+from cryptography.exceptions import UnsupportedAlgorithm
 from hypothesis import given
 from hypothesis import strategies as st
 from peers import MOVED, USE_ANOTHER, farewell, peer, reference
@@ -187,6 +188,17 @@ async def test_wrong_pin_is_refused_before_connect_although_the_certificate_is_v
     with peer(authority.issue(HOST, name="new key")) as seen:
         await refused(rules(port=seen.port, spki_sha256=(server.pin,)), seen, patience, "not one of the pinned")
         assert seen.connections == 1
+
+
+async def test_pinned_endpoint_with_a_key_of_an_unknown_kind_is_refused_and_nothing_else(
+    server, rules, patience, monkeypatch
+):
+    def unknown(_certificate):
+        raise UnsupportedAlgorithm("2.16.840.1.101.3.4.3.17")
+
+    monkeypatch.setattr(egress.x509, "load_der_x509_certificate", unknown)
+    with peer(server) as seen:
+        await refused(rules(port=seen.port, spki_sha256=(server.pin,)), seen, patience, "no kind that can be pinned")
 
 
 async def test_pin_on_an_endpoint_without_tls_is_refused(patience):

@@ -28,7 +28,7 @@ async def opened(broker, name="tester", **changes):
     options = {
         key: changes.pop(key) for key in ("queue_limit", "queue_bytes", "check_peer", "prompt") if key in changes
     }
-    connection = Connection(session(broker, name, **changes), **options)
+    connection = Connection(session(broker, name, **changes), **{"queue_limit": 1} | options)
     connection.was_present = await connection.open()
     return connection
 
@@ -239,6 +239,35 @@ def test_packet_that_makes_no_sense_is_an_error(pair, packet):
     peer.sendall(packet)
     select.select([client._sock], [], [])
     with pytest.raises((ValueError, MQTTException)):  # the transport ends the connection whatever is raised
+        client._packet_read()
+
+
+def test_packet_that_is_too_large_is_an_error_before_it_has_come(pair):
+    client, peer = pair
+    client.largest = 1000
+    peer.sendall(b"\x30\xe9\7")  # 1001 bytes follow
+    select.select([client._sock], [], [])
+    with pytest.raises(ValueError, match="too large"):
+        client._packet_read()
+
+
+def test_message_at_qos_2_is_kept_nowhere_where_we_only_publish(pair):
+    client, peer = pair
+    client.only_publishes, came = True, []
+    client.on_incoming = came.append
+    peer.sendall(b"\x34\x0a\0\1t\0\7\0data")
+    select.select([client._sock], [], [])
+    assert client._packet_read() is MQTTErrorCode.MQTT_ERR_SUCCESS
+    assert (len(came), client._in_messages, client.want_write()) == (1, {}, False)
+
+
+def test_what_makes_no_sense_behind_a_packet_is_seen_and_raises_only_where_it_is_read(pair):
+    client, peer = pair
+    peer.sendall(b"\xd0\0" + b"\x30\xff\xff\xff\xff\1")
+    select.select([client._sock], [], [])
+    assert client._packet_read() is MQTTErrorCode.MQTT_ERR_SUCCESS
+    assert client.has_packet
+    with pytest.raises(ValueError, match="four bytes"):
         client._packet_read()
 
 

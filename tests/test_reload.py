@@ -161,6 +161,22 @@ async def test_mistake_of_the_agents_own_while_it_reads_is_a_refusal_that_tells_
         await reloader._reload(None)
 
 
+async def test_region_loses_no_country_while_records_that_may_carry_it_are_still_being_written_down():
+    stopped = []
+
+    async def stop(names):
+        stopped.extend(names)
+
+    reloader = object.__new__(Reloader)
+    reloader._accepted, reloader.uplinks = Accepted(), SimpleNamespace(running={"cn": None}, stop=stop)
+    reloader._inward = SimpleNamespace(
+        committer=SimpleNamespace(stalled=None), board=SimpleNamespace(claimed={"claimed by an uplink"})
+    )
+    with pytest.raises(AgentError, match="not written down"):
+        await reloader._remember(SimpleNamespace(policy=SimpleNamespace(shrunk=lambda _: {"cn"})))
+    assert stopped == ["cn"]
+
+
 @pytest.mark.parametrize("stalls", [False, True])
 async def test_all_that_is_held_is_looked_at_again_after_a_review(monkeypatch, patience, stalls):
     monkeypatch.setattr(reload_module, "PAUSE_SECONDS", 0.01)

@@ -1,9 +1,13 @@
 """What `residency-agent status` shows a person."""
 
 import pytest
+from ledger_samples import opened, store
 
-from agent import status
+from agent import status, vitals
+from agent.boot import boot_id
+from agent.errors import LedgerStalledError
 from agent.histogram import WORK_SECONDS, Histogram
+from agent.store.committer import CommitOptions, Committer
 
 SECOND = 10**9
 NOW = 1_000 * SECOND
@@ -111,3 +115,25 @@ def test_clock_that_went_back_makes_no_negative_age(content):
 
 def test_process_that_is_gone_is_not_running():
     assert not status._is_running(2**22 + 1)
+
+
+@pytest.mark.parametrize(("boot", "running"), [(boot_id(), True), ("before", False), (None, True)])
+def test_agent_of_an_earlier_boot_is_not_running_whoever_has_its_pid_now(tmp_path, monkeypatch, boot, running):
+    opened(tmp_path / "ledger.sqlite").close()
+    status.write(tmp_path / "status.json", {"pid": 1} | ({"boot_id": boot} if boot else {}))
+    monkeypatch.setattr(status, "_is_running", lambda _pid: True)
+    assert status.gather(tmp_path / "ledger.sqlite", tmp_path / "status.json")["running"] is running
+
+
+async def test_disk_that_cannot_be_read_now_ends_nothing_and_is_told_with_the_counters(tmp_path, monkeypatch):
+    def unreadable(_connection):
+        raise LedgerStalledError("disk I/O error")
+
+    ledger = opened(tmp_path / "ledger.sqlite")
+    async with Committer(ledger, CommitOptions()) as committer:
+        await committer.submit(store(1))
+        monkeypatch.setattr("agent.store.ledger.oldest", unreadable)
+        told = await vitals.of_ledger(committer)
+    ledger.close()
+    assert told["stalled"] == "disk I/O error"
+    assert (told["counts"]["received"], told["counts"]["pending"], told["counts"]["oldest_ns"]) == (1, 1, {})

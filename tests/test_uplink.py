@@ -2,18 +2,22 @@ import asyncio
 import random
 import time
 from collections import Counter
+from contextlib import contextmanager
 
+import msgspec
 import pytest
-from endpoints import HOUR_NS, bench, number_of, numbers_of
-from fake_broker import fake_broker, silent
+from endpoints import HOUR_NS, bench, number_of, numbers_of, policy_of
+from fake_broker import CONNACK, fake_broker, packet, silent
 from hypothesis import given
 from hypothesis import strategies as st
+from test_uplink_presence import ASKED
 
 from agent.errors import LedgerStalledError
 from agent.messages import Priority
 from agent.mqtt import backoff
 from agent.mqtt import connection as mqtt
-from agent.uplink import settling, supply
+from agent.store.entries import Ending, Redecided
+from agent.uplink import group, reach, settling, supply
 from agent.uplink.patience import Patience
 from agent.uplink.shares import SHARE, Shares
 
@@ -279,6 +283,30 @@ async def test_record_that_the_endpoint_refuses_for_good_is_not_sent_again(endpo
         assert it.counts.conserved
 
 
+async def test_record_that_is_too_large_for_one_endpoint_goes_to_the_next_that_is_permitted(endpoint, other, patience):
+    endpoint.connack_properties = {"maximum_packet": 1000}
+    async with asyncio.timeout(patience), bench({"a": endpoint.port, "b": other.port}) as it:
+        await it.store([1], size=2000, route=("a", "b"))
+        await it.store([2], route=("a", "b"))
+        it.start()
+        await it.until(lambda: it.counts.delivered == 2)
+        assert (numbers(endpoint), numbers(other)) == ([2], [1])
+
+
+@pytest.mark.parametrize("code", [0x90, 0x99])
+async def test_record_that_every_endpoint_of_its_route_refuses_for_good_is_asked_for_once_each(
+    endpoint, other, patience, code
+):
+    for one in (endpoint, other):
+        one.on_publish = lambda session, publish: session.puback(publish.mid, code)
+    async with asyncio.timeout(patience), bench({"a": endpoint.port, "b": other.port}) as it:
+        await it.store(range(3), route=("a", "b"))
+        it.start()
+        await it.until(lambda: it.counts.refused == 3)
+        assert (sorted(numbers(endpoint)), sorted(numbers(other))) == ([0, 1, 2], [0, 1, 2])
+        assert it.counts.conserved
+
+
 @pytest.mark.parametrize("code", [0x80, 0x83, 0x87, 0x91, 0x97])
 async def test_record_that_the_endpoint_does_not_take_now_is_kept_and_delivered_later(endpoint, patience, code):
     answers = [code, code]
@@ -515,6 +543,7 @@ async def test_answers_in_single_bytes_are_understood(endpoint, patience):
         pytest.param(b"\x00\x00", id="reserved packet"),
         pytest.param(b"\x32\x03\xff\xff\x41", id="torn PUBLISH"),
         pytest.param(b"\x62\x02\x00\x09", id="PUBREL out of nowhere"),
+        pytest.param(b"\xd0\x00\xff\xff\xff\xff\xff\x01", id="endless length behind a PINGRESP"),
         pytest.param(b"\x90\x00", id="SUBACK without identifier"),
         pytest.param(b"\xe0\x02\x42\x00", id="DISCONNECT with an unknown code"),
     ],
@@ -535,6 +564,30 @@ async def test_nonsense_from_the_endpoint_costs_at_most_its_connection(endpoint,
         assert it.counts.conserved
     escaped = [row for row in caplog.records if row.name == "asyncio" and row.levelname == "ERROR"]
     assert escaped == []
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_endpoint_that_sends_messages_nobody_asked_for_gets_its_records_once(endpoint, patience, protocol):
+    def on_publish(session, publish):
+        session.deliver("hello", b"", qos=publish.mid % 3)
+        session.puback(publish.mid)
+
+    endpoint.on_publish = on_publish
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, ack_timeout_s=1.0, protocol=protocol) as it:
+        await it.store(range(20))
+        it.start()
+        await it.until(lambda: it.counts.delivered == 20)
+        assert sorted(numbers(endpoint)) == list(range(20))
+        assert (endpoint.connections, endpoint.session.acked) == (1, [])
+
+
+async def test_endpoint_that_sends_a_packet_above_our_limit_loses_its_connection_before_we_read_it(endpoint, patience):
+    endpoint.on_publish = lambda session, _publish: session.send(b"\x30\xff\xff\xff\x7f" + bytes(100_000))
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}) as it:
+        await it.store([1])
+        it.start()
+        await it.until(lambda: it.uplinks["a"].last_error)
+        assert "protocol error" in it.uplinks["a"].last_error
 
 
 async def test_puback_twice_and_puback_for_nothing_change_nothing(endpoint, patience):
@@ -586,6 +639,36 @@ async def test_endpoint_that_takes_nothing_at_qos_1_gets_nothing(endpoint, patie
         assert "a" in it.board.down
 
 
+async def test_nothing_more_goes_to_an_endpoint_that_got_out_of_reach_while_it_was_connected_to(
+    endpoint, patience, monkeypatch
+):
+    monkeypatch.setattr(reach, "LOOK_SECONDS", 3600.0)
+    endpoint.connack = None
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, presence=ASKED) as it:
+        await it.store(range(5))
+        it.start()
+        await endpoint.until(lambda: endpoint.sessions)
+        it.board.reachable = lambda _: False
+        endpoint.session.send(packet(CONNACK, b"\0\0\0"))
+        await endpoint.session.ended.wait()
+        assert endpoint.published == []
+        assert "not to be reached" in it.uplinks["a"].last_error
+
+
+async def test_connecting_is_given_up_where_the_endpoint_gets_out_of_reach(endpoint, patience, monkeypatch):
+    monkeypatch.setattr(reach, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(mqtt, "CONNECT_SECONDS", 3600.0)
+    endpoint.connack = None
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}) as it:
+        await it.store([1])
+        it.start()
+        await endpoint.until(lambda: endpoint.sessions)
+        it.board.reachable = lambda _: False
+        await endpoint.session.ended.wait()
+        await it.until(lambda: it.uplinks["a"].last_error)
+        assert "not to be reached" in it.uplinks["a"].last_error
+
+
 async def test_endpoint_that_never_answers_connect_is_down_and_others_deliver(endpoint, other, patience, monkeypatch):
     monkeypatch.setattr(mqtt, "CONNECT_SECONDS", 0.5)
     endpoint.connack = None
@@ -626,6 +709,108 @@ async def test_failed_connection_leaves_nothing_in_its_socket_for_later(patience
         endpoint.reading.set()
         await first.ended.wait()
         assert len(first.published) < 5, "a record that was given up arrived after all"
+
+
+@pytest.mark.parametrize("stays", [True, False], ids=["endpoint that others may go to", "endpoint that is gone"])
+async def test_once_a_change_of_the_policy_is_done_no_socket_holds_what_it_forbids(patience, monkeypatch, stays):
+    monkeypatch.setattr(group, "DRAIN_SECONDS", 0.1)
+    async with (
+        asyncio.timeout(patience),
+        fake_broker(receive_buffer=8192) as endpoint,
+        bench({"a": endpoint.port}) as it,
+    ):
+        endpoint.on_publish = lambda _session, _publish: endpoint.reading.clear()
+        uplinks, options = group.UplinkGroup(it.board, it.make), {"a": it.options_of("a")}
+        await it.store(range(5), size=60_000)
+        await uplinks.apply(options, it.run)
+        await endpoint.until(lambda: endpoint.published)
+        it.policy = policy_of("b")
+        await uplinks.apply(options if stays else {}, it.run)
+        first, endpoint.on_publish = endpoint.session, silent
+        endpoint.reading.set()
+        await first.ended.wait()
+        assert len(first.published) == 1, "a record arrived after the endpoint had lost its permission"
+        assert not stays or not any(session.published for session in endpoint.sessions[1:])
+        assert it.counts.delivered == 0
+
+
+class Except:
+    """A policy that forbids one record beside what it forbids anyway."""
+
+    def __init__(self, policy, record):
+        self.policy, self.record = policy, record
+
+    def clear(self, record, endpoint, registration):
+        return None if record.id == self.record else self.policy.clear(record, endpoint, registration)
+
+
+def to_b(record):
+    return Redecided(record=msgspec.structs.replace(record, route=("b",)), reason="test", time_ns=1)
+
+
+@contextmanager
+def full_disk(it, monkeypatch):
+    """It takes what ends records, and nothing else."""
+
+    def commit(entries, commit=it.committer.ledger.commit):
+        if not all(isinstance(entry, Ending) for entry in entries):
+            raise LedgerStalledError("the disk is full")
+        return commit(entries)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(it.committer.ledger, "commit", commit)
+        yield
+
+
+async def test_record_that_waits_on_a_full_disk_for_its_new_route_holds_up_neither_the_others_nor_the_look_at_reach(
+    endpoint, other, patience, monkeypatch
+):
+    async with asyncio.timeout(patience), bench({"a": endpoint.port, "b": other.port}) as it:
+        await it.store(range(10))
+        it.policy, it.again = Except(it.policy, "id-0"), to_b
+        with full_disk(it, monkeypatch):
+            it.start("a")
+            await it.until(lambda: it.counts.delivered == 9)
+            assert it.counts.pending == 1
+            it.board.reachable = lambda _: False
+            await it.until(lambda: not it.uplinks["a"].connected)
+            await it.stop("a")
+        await it.until(lambda: it.board.claimed == set())
+        it.policy, it.board.reachable = it.policy.policy, lambda _: True
+        it.start("b")
+        await it.until(lambda: it.counts.delivered == 10)
+        assert numbers(other) == [0]
+
+
+async def test_no_more_is_read_while_as_much_as_may_waits_for_the_disk(endpoint, patience, monkeypatch):
+    monkeypatch.setattr(settling, "MOST_BYTES", 10_000)
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}, in_flight=4) as it:
+        await it.store(range(50), size=1000)
+        it.policy, it.again = policy_of("b"), to_b
+        with full_disk(it, monkeypatch):
+            it.start()
+            await it.until(lambda: it.committer.stalled and len(it.board.claimed) > 5)
+            for _ in range(5):
+                it.board.wake(["a"])
+                await asyncio.sleep(0.02)
+            assert len(it.board.claimed) < 16
+        await it.until(lambda: it.board.claimed == set())
+
+
+async def test_endpoint_that_may_get_all_that_is_in_flight_keeps_its_connection_when_the_policy_changes(
+    endpoint, patience
+):
+    endpoint.on_publish = silent
+    async with asyncio.timeout(patience), bench({"a": endpoint.port}) as it:
+        uplinks, options = group.UplinkGroup(it.board, it.make), {"a": it.options_of("a")}
+        await it.store([1])
+        await uplinks.apply(options, it.run)
+        await endpoint.until(lambda: endpoint.published)
+        it.policy = policy_of("b", "a")
+        await uplinks.apply(options, it.run)
+        endpoint.session.puback(endpoint.published[0].mid)
+        await it.until(lambda: it.counts.delivered == 1)
+        assert endpoint.connections == 1
 
 
 @given(st.lists(st.tuples(st.sampled_from(["accepted", "deferred", "lost"]), st.integers(0, 5)), max_size=60))

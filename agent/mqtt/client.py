@@ -26,6 +26,7 @@ EXACTLY_ONCE = 2
 CONTENT_TYPE, SUBSCRIPTION, USER_PROPERTY = 0x03, 0x0B, 0x26  # MQTT 5.0, 2.2.2.2, as the next two
 FIXED_BYTES = {0x01: 1, 0x02: 4, 0x23: 2}  # Payload Format Indicator, Message Expiry Interval, Topic Alias
 COUNTED = frozenset({0x08, 0x09})  # Response Topic, Correlation Data: two bytes of length, then so many
+LARGEST_PACKET = 268_435_455  # MQTT 5.0, 1.5.5: the rest of a packet
 CONNECT_SECONDS = 10.0  # TCP, TLS and CONNACK together
 
 
@@ -50,7 +51,8 @@ class DirectClient(Client):
     """A client that connects to the address it is given, whatever `mqtt_proxy` in the environment says.
 
     What it publishes is not in paho's books, so paho never sends it again. `on_incoming` gets each PUBLISH at QoS 0 or
-    1, `on_puback` each PUBACK as its packet identifier and reason code. A DISCONNECT goes out at once.
+    1, `on_puback` each PUBACK as its packet identifier and reason code. A DISCONNECT goes out at once. A packet of more
+    than `largest` bytes makes no sense. Where it `only_publishes`, paho, which keeps each PUBLISH at QoS 2, gets none.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - paho's own
@@ -60,11 +62,16 @@ class DirectClient(Client):
         self._ahead, self._taken = bytearray(), 0
         self._unsent = bytearray()
         self.writes = 0  # to the socket so far
+        self.largest = LARGEST_PACKET
+        self.only_publishes = False
 
     @property
     def has_packet(self) -> bool:
-        """Whether a whole packet has left the socket that nobody has seen."""
-        return _span(self._ahead, self._taken) is not None
+        """Whether a whole packet, or one that makes no sense, has left the socket and nobody has seen it."""
+        try:
+            return _span(self._ahead, self._taken, self.largest) is not None
+        except ValueError:
+            return True
 
     def send(self, message: Outgoing, packed: bytes, busy: Container[int]) -> int:
         """Publish at QoS 1, with the properties as they are packed; the packet identifier, which is none of `busy`."""
@@ -88,7 +95,7 @@ class DirectClient(Client):
     def _packet_read(self) -> MQTTErrorCode:
         """Take one packet; MQTT_ERR_AGAIN where none is whole yet. Raises for what makes no sense."""
         try:
-            while (span := _span(self._ahead, self._taken)) is None:
+            while (span := _span(self._ahead, self._taken, self.largest)) is None:
                 if not self._fill():
                     return MQTTErrorCode.MQTT_ERR_CONN_LOST
         except BlockingIOError:
@@ -99,7 +106,7 @@ class DirectClient(Client):
         self._taken = span[1]
         self._last_bytes_received = time.monotonic()
         kind = head & 0xF0
-        if kind == PUBLISH and head >> 1 & 3 != EXACTLY_ONCE:
+        if kind == PUBLISH and (self.only_publishes or head >> 1 & 3 != EXACTLY_ONCE):
             self.on_incoming(_incoming(head, body, has_properties=self._protocol == MQTTProtocolVersion.MQTTv5))
             return MQTTErrorCode.MQTT_ERR_SUCCESS
         if kind == PUBACK:
@@ -153,13 +160,18 @@ class DirectClient(Client):
             del self._unsent[:sent]
 
 
-def _span(data: bytearray, at: int) -> tuple[int, int] | None:
-    """Where the rest of the packet at `at` begins and ends (MQTT 5.0, 2.1.4); None where it is not whole."""
+def _span(data: bytearray, at: int, largest: int) -> tuple[int, int] | None:
+    """Where the rest of the packet at `at` begins and ends (MQTT 5.0, 2.1.4); None where it is not whole.
+
+    ValueError where it is longer than `largest`, and before it is read.
+    """
     size = shift = 0
     for place in range(at + 1, min(at + 5, len(data))):
         byte = data[place]
         size |= (byte & 127) << shift
         if byte < 128:
+            if size > largest:
+                raise ValueError("a packet that is too large")
             return (place + 1, place + 1 + size) if place + 1 + size <= len(data) else None
         shift += 7
     if shift == 28:

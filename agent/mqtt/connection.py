@@ -5,7 +5,8 @@ Invariants:
   what is sent again, and to whom.
 - A PUBACK to the in-car broker goes out only through `Connection.ack`, and only on the connection that delivered the
   message: after a lost session the same packet identifier may name another message.
-- Received messages wait in a bounded queue; while it is full the socket is not read, which pushes back by TCP.
+- Received messages wait in a bounded queue; while it is full the socket is not read, which pushes back by TCP. Who only
+  publishes takes none: they would hold back the PUBACKs behind them.
 - Each delivery says how long it may have lain in the socket unseen, so that a stalled process is no hidden delay.
 - A connection that failed is reset: what its socket had not sent yet goes to nobody.
 """
@@ -49,15 +50,20 @@ class Connection:
         self,
         session: Session,
         *,
-        queue_limit: int = 1,
+        queue_limit: int = 0,
         queue_bytes: int = 1 << 20,
         check_peer: Callable[[SocketLike], None] = lambda _: None,
         prompt: bool = False,
     ) -> None:
-        """`prompt`: messages shall not wait in the broker until we send something (`Gauge.acknowledge`)."""
+        """`prompt`: messages shall not wait in the broker until we send something (`Gauge.acknowledge`).
+
+        Without a `queue_limit` we only publish: a message that comes all the same is passed over, without a PUBACK, and
+        a packet above the session's limit ends the connection before it is read.
+        """
         self.number = next(_NUMBERS)
         self._session = session
         self._loop = asyncio.get_running_loop()
+        self._takes = queue_limit > 0
         self._inbox = Inbox(queue_limit, queue_bytes)
         self._connack: asyncio.Future[bool] = self._loop.create_future()
         self._pubacks: dict[int, asyncio.Future[Puback]] = {}
@@ -71,13 +77,15 @@ class Connection:
         self._transport = Transport(
             self._client,
             check_peer=check_peer,
-            wanted=lambda: not self._inbox.full,
+            wanted=lambda: not (self._takes and self._inbox.full),
             lost=self._finish,
             prompt=prompt,
         )
 
     def _make_client(self) -> DirectClient:
         client = new_client(self._session)
+        if not self._takes:
+            client.largest, client.only_publishes = self._session.maximum_packet_bytes, True
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_incoming = self._on_incoming
@@ -247,6 +255,8 @@ class Connection:
 
     def _on_incoming(self, message: Incoming) -> None:
         self._transport.packets += 1
+        if not self._takes:
+            return
         gauge, now_ns = self._transport.gauge, boot_ns()
         delivery = Delivery(
             connection=self.number,

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from agent.errors import EndpointError
@@ -117,9 +118,15 @@ def peer_check(rules: PeerRules) -> Callable[[SocketLike], None]:
 
 
 def spki_sha256(sock: SocketLike) -> str:
-    """Hex SHA-256 of the peer's SubjectPublicKeyInfo (RFC 7469, 2.4); empty without TLS."""
+    """Hex SHA-256 of the peer's SubjectPublicKeyInfo (RFC 7469, 2.4); empty without TLS.
+
+    EndpointError for a key that OpenSSL knows and `cryptography` does not.
+    """
     certificate = sock.getpeercert(binary_form=True) if isinstance(sock, ssl.SSLSocket) else None
     if certificate is None:
         return ""
-    key = x509.load_der_x509_certificate(certificate).public_key()
+    try:
+        key = x509.load_der_x509_certificate(certificate).public_key()
+    except (ValueError, UnsupportedAlgorithm) as exc:
+        raise EndpointError(f"the server's public key is of no kind that can be pinned: {exc}") from exc
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()

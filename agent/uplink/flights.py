@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import msgspec
 
@@ -40,6 +41,13 @@ class Flights:
 
     def __contains__(self, future: object) -> bool:
         return future in self._flights
+
+    async def gone(self, matches: Callable[[Record], bool], patience_s: float) -> bool:
+        """Whether no PUBLISH with such a record, of those now in flight, is so after `patience_s` at most."""
+        those = [future for future, flight in self._flights.items() if any(map(matches, flight.records))]
+        if those:
+            await asyncio.wait(those, timeout=patience_s)
+        return not any(future in self._flights for future in those)
 
     def add(self, future: asyncio.Future[Puback], flight: Flight, now: float) -> None:
         """A PUBLISH was made."""

@@ -29,10 +29,12 @@ class UplinkGroup:
     async def apply(self, wanted: Mapping[str, UplinkOptions], start: Start) -> None:
         """Stop what is not wanted any more, or not like this; start what is missing; leave the rest as it is.
 
-        Where other TLS files lie there than before, a connection is renewed.
+        Where other TLS files lie there than before, a connection is renewed. Afterwards no socket holds a record that
+        its endpoint may not get.
         """
         before = dict(self.running)
         await self.stop([name for name, uplink in before.items() if wanted.get(name) != uplink.options])
+        await asyncio.gather(*(uplink.comply(DRAIN_SECONDS) for uplink in self.running.values()))
         await asyncio.gather(*(uplink.renew() for uplink in self.running.values()))
         for name in () if self._ending else wanted.keys() - self.running.keys():
             self.running[name] = self._make(wanted[name])

@@ -2,7 +2,8 @@
 
 Invariants:
 - A record is published only through an `Outlet`, which takes nothing but what `Policy.clear` made the moment before.
-- A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again.
+- A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again, and what the
+  socket still holds of it goes to nobody, however the connection ends.
 - A record whose time is up is not sent: the ledger gives none, and each is looked at again when its turn comes.
 - At most the endpoint's window is in flight, in PUBLISHes and in bytes; no record is in flight at two endpoints. What
   is said of the vehicle's presence counts: an endpoint may hang up on one PUBLISH above its Receive Maximum.
@@ -39,7 +40,7 @@ from agent.mqtt.packets import Puback
 from agent.policy import Cleared, Policy
 from agent.store.committer import Committer
 from agent.store.entries import Entry
-from agent.store.lifetime import overdue
+from agent.uplink import reach
 from agent.uplink.egress import dial
 from agent.uplink.flights import Flight, Flights
 from agent.uplink.loading import Loading
@@ -90,16 +91,18 @@ class Uplink:
         self.delivered = Histogram(WAIT_SECONDS)
         self.options = options
         self.shown = Shown(options.name)
-        self._recall = Recall(committer, board, again)
         self._policy = policy
         self._registration = registration
         self._committer = committer
         self._board = board
+        self._reachable: Callable[[], bool] = lambda: board.reachable(options.name)
+        self._connection: Connection | None = None
         self._flights = Flights()
         self._patience = Patience(random.random)
         self._loading = Loading(options.batch_records, self._patience)
         self._wake = board.stored.setdefault(options.name, asyncio.Event())
         self._settling = Settling(options.name, committer, board, self._wake.set)
+        self._recall = Recall(self._settling, board, clear=self._clear, again=again)
         self._attempts = itertools.count()
         self._draining = False
         self._renewing = False
@@ -110,6 +113,12 @@ class Uplink:
     def in_flight(self) -> int:
         """Publishes without PUBACK."""
         return len(self._flights)
+
+    async def comply(self, patience_s: float) -> None:
+        """Return once nothing forbidden is in flight; after `patience_s` that costs the connection. Safe to cancel."""
+        gone = await self._flights.gone(lambda record: self._clear(record) is None, patience_s)
+        if not gone and self._connection is not None:
+            self._connection.abort("what is in flight may not go there any more")
 
     async def drain(self) -> None:
         """Publish nothing more, and return when nothing is in flight. Cancelling is safe."""
@@ -159,7 +168,7 @@ class Uplink:
         while True:
             self.turned = time.monotonic()
             self._wake.clear()
-            if not board.reachable(name):
+            if not self._reachable():
                 board.down.add(name)
             elif await waits(self._committer, name, board.down):
                 return
@@ -171,15 +180,18 @@ class Uplink:
         presence, session = self._presence(), self.options.session
         if presence is not None:
             session = replace(session, will=presence.will(time.time_ns()))
-        connection = await dial(self.options.peer, session, next(self._attempts), self.shown)
-        reason = "given up"
+        async with reach.watched(self._reachable):
+            connection = await dial(self.options.peer, session, next(self._attempts), self.shown)
+        self._connection, reason = connection, "given up"
         try:
+            self._check(connection)
             self._up()
             if presence is not None:
                 self._fly(connection, presence.born(connection, time.time_ns()))
             await self._pump_loop(connection, presence)
         except (asyncio.CancelledError, _RenewalError):
-            if presence is None or await presence.dead(connection, time.time_ns()):
+            said = presence is None or await presence.dead(connection, time.time_ns())
+            if said and not self._flights.bytes:  # else the kernel would go on sending them
                 connection.close()
             raise
         except AgentError as exc:
@@ -222,17 +234,17 @@ class Uplink:
         try:
             while not connection.closed.done():
                 self.turned = time.monotonic()
+                self._check(connection)
                 self._wake.clear()
                 self._renewing |= self.shown.due(time.monotonic())
-                ending = self._draining or self._renewing
+                ending = self._draining or self._renewing or self._settling.full
                 await supply.refill(0 if ending else loading.wanted(self._window(connection)))
                 while ready and self._may_send(connection):
-                    await self._send(connection, outlet, loading.next(connection.maximum_packet_size))
+                    self._send(connection, outlet, loading.next(connection.maximum_packet_size))
                 if not ready or not self._may_send(connection):
                     await self._wait(shares)
                 if presence is not None:
                     self._tell(connection, presence)
-                self._check(connection)
         finally:
             supply.give_back()
         raise EndpointError(connection.closed.result())
@@ -258,23 +270,16 @@ class Uplink:
             return False
         return not self._flights or (connection.unsent < UNSENT_BYTES and self._flights.bytes < IN_FLIGHT_BYTES)
 
-    async def _send(self, connection: Connection, outlet: Outlet, records: Sequence[Record]) -> None:
-        policy, now, cleared, recalled = self._policy(), boot.moment(), [], []
-        for record in records:
-            if overdue(record, now):
-                self._board.claimed.discard(record.id)  # a sweep ends it
-                continue
-            one = policy.clear(record, self.options.name, self._registration)
-            if one is None:
-                recalled.append(record)
-            else:
-                cleared.append(one)
+    def _send(self, connection: Connection, outlet: Outlet, records: Sequence[Record]) -> None:
+        now = boot.moment()
+        cleared = self._recall.cleared(records, now)
         if cleared:
-            await self._publish(connection, outlet, cleared, now)
-        for record in recalled:
-            await self._recall.decide_again(record)
+            self._publish(connection, outlet, cleared, now)
 
-    async def _publish(self, connection: Connection, outlet: Outlet, cleared: Sequence[Cleared], now: Moment) -> None:
+    def _clear(self, record: Record) -> Cleared | None:
+        return self._policy().clear(record, self.options.name, self._registration)
+
+    def _publish(self, connection: Connection, outlet: Outlet, cleared: Sequence[Cleared], now: Moment) -> None:
         records = tuple(one.record for one in cleared)
         try:
             future = outlet.publish_batch(cleared, now) if len(cleared) > 1 else outlet.publish(cleared[0], now)
@@ -282,7 +287,7 @@ class Uplink:
             if len(records) > 1:
                 self._loading.part(records)
             else:
-                await self._recall.withdraw(records[0], "envelope.unusable")
+                self._recall.withdraw(records[0], "envelope.unusable")
             return
         self.resent += sum(self._board.is_resent(record.id) for record in records)
         self._fly(connection, future, records)
@@ -312,7 +317,7 @@ class Uplink:
         for record in records:
             if puback.accepted:
                 self.delivered.observe((now_ns - record.recorded_ns) / SECOND)
-            self._settling.add(record.id, answer(record.id, self.options.name, puback, now_ns))
+            self._settling.add(record, answer(record, self.options.name, puback, now_ns))
 
     def _judge(self, records: Sequence[Record], puback: Puback) -> None:
         """What the endpoint's answer says of the endpoint."""
@@ -340,5 +345,4 @@ class Uplink:
         stuck = self._flights.stuck(time.monotonic(), connection.acknowledged(), self.options.ack_timeout_s)
         if stuck is not None:
             raise EndpointError(stuck)
-        if not self._board.reachable(self.options.name):
-            raise EndpointError("not to be reached from where the vehicle is now")
+        reach.check(self._reachable)
