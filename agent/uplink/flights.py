@@ -27,10 +27,15 @@ class Flight(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Flights:
-    """Publishes without PUBACK in the order of sending. Moments are arguments, monotonic seconds."""
+    """Publishes without PUBACK in the order of sending; `idle` while there is none.
+
+    Moments are arguments, monotonic seconds.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
         self._flights: dict[asyncio.Future[Puback], Flight] = {}
         self._progress = 0.0
         self._acknowledged = 0
@@ -55,6 +60,7 @@ class Flights:
             self._progress = now
         self._flights[future] = flight
         self.bytes += flight.bytes
+        self.idle.clear()
 
     def landed(self, future: asyncio.Future[Puback], now: float) -> tuple[Record, ...]:
         """Its PUBACK has come, which is that of all its records; KeyError for an unknown one."""
@@ -64,6 +70,8 @@ class Flights:
             self._overtaken = (first, now)
         flight = self._flights.pop(future)
         self.bytes -= flight.bytes
+        if not self._flights:
+            self.idle.set()
         return flight.records
 
     def clear(self) -> list[tuple[Record, ...]]:
@@ -71,6 +79,7 @@ class Flights:
         found = [flight.records for flight in self._flights.values()]
         self._flights.clear()
         self.bytes, self._overtaken = 0, None
+        self.idle.set()
         return found
 
     def stuck(self, now: float, acknowledged: int, timeout_s: float) -> str | None:

@@ -59,7 +59,7 @@ class _Said(NamedTuple):
 
 
 class Settling:
-    """One endpoint's answers. `told` is called whenever some are durable, or failed; `broken` says why they did."""
+    """One endpoint's answers. `told` is called where they stop the sending less, or for good (`broken`)."""
 
     def __init__(self, name: str, committer: Committer, board: Board, told: Callable[[], None]) -> None:
         self.broken: LedgerError | None = None
@@ -112,5 +112,7 @@ class Settling:
             self._board.claimed.difference_update(one.record for one in said)
             if any(one.entry is None or one.changes for one in said):  # some may go now, here or elsewhere
                 self._board.wake(self._board.stored)
+        stopped = self.full or self.broken is not None
         self._waiting_bytes -= sum(one.weight for one in said)
-        self._told()
+        if stopped:
+            self._told()

@@ -46,8 +46,8 @@ class Supply:
     """The records for one connection: urgent ones, then live ones, then the backlog's share.
 
     The backlog is what was in the ledger when the connection began. What was read to its end is read again only after
-    news, for each PUBACK wakes the uplink too; time alone frees some records (`Patience.aside`). From its making until
-    `give_back` it is offered what is stored.
+    news; time alone frees some records (`Patience.aside`). From its making until `give_back` it is offered what is
+    stored. `level`: nothing in the ledger waits to be read, as far as was told.
     """
 
     def __init__(  # noqa: PLR0913 - where records come from, where they go, and all that decides which
@@ -68,7 +68,7 @@ class Supply:
         self._shares = shares
         self._newest = committer.ledger.last_key
         self._wanted = 0
-        self._level = False  # nothing in the ledger waits to be read, as far as was told
+        self.level = False
         self._look_at = 0.0  # monotonic seconds
         board.takers[endpoint] = self._take
 
@@ -77,14 +77,14 @@ class Supply:
         self._wanted = wanted
         if not wanted or len(self._ready) > wanted // 2:
             return
-        if self._level and time.monotonic() < self._look_at and self._endpoint not in self._board.news:
+        if self.level and time.monotonic() < self._look_at and self._endpoint not in self._board.news:
             return
         try:
             found = await self._read(wanted - len(self._ready))
         except LedgerStalledError:
-            self._level = False
+            self.level = False
             return  # the disk does not answer now; the ledger says so in the status
-        self._level = not found.more
+        self.level = not found.more
         self._look_at = time.monotonic() + LOOK_SECONDS
         urgent, live, backlog = (self._claim(records) for records in (found.urgent, found.live, found.backlog))
         self._shares.live_sent(sum(len(record.envelope) for record in live))
@@ -96,8 +96,8 @@ class Supply:
         """Whether a record that was just stored goes from here; if not, it is read when it is its turn."""
         size = len(record.envelope)
         room = len(self._ready) < self._wanted and (not self._ready or self._ready.bytes + size <= READ_BYTES)
-        self._level = self._level and room
-        if not self._level or record.id in self._board.claimed:
+        self.level = self.level and room
+        if not self.level or record.id in self._board.claimed:
             return False
         self._board.claimed.add(record.id)
         self._shares.live_sent(size)

@@ -106,8 +106,7 @@ class Uplink:
         self._attempts = itertools.count()
         self._draining = False
         self._renewing = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._pressed = False  # a PUBACK lets something go on
 
     @property
     def in_flight(self) -> int:
@@ -123,7 +122,7 @@ class Uplink:
     async def drain(self) -> None:
         """Publish nothing more, and return when nothing is in flight. Cancelling is safe."""
         self._draining = True
-        await self._idle.wait()
+        await self._flights.idle.wait()
 
     async def renew(self) -> None:
         """Connect anew once nothing is in flight, where other TLS files lie there now. Cancelling is safe."""
@@ -216,7 +215,6 @@ class Uplink:
         records = [*itertools.chain.from_iterable(publishes)]
         self._board.claimed.difference_update(records)
         self._board.doubt(records)
-        self._idle.set()
 
     def _presence(self) -> Presence | None:
         asked = self.options.presence
@@ -242,6 +240,7 @@ class Uplink:
                 while ready and self._may_send(connection):
                     self._send(connection, outlet, loading.next(connection.maximum_packet_size))
                 if not ready or not self._may_send(connection):
+                    self._pressed = bool(ready) or not supply.level
                     await self._wait(shares)
                 if presence is not None:
                     self._tell(connection, presence)
@@ -294,7 +293,6 @@ class Uplink:
 
     def _fly(self, connection: Connection, future: asyncio.Future[Puback], records: tuple[Record, ...] = ()) -> None:
         self._flights.add(future, Flight(records=records, goal=connection.goal()), time.monotonic())
-        self._idle.clear()
         future.add_done_callback(self._on_puback)
 
     def _on_puback(self, future: asyncio.Future[Puback]) -> None:
@@ -303,14 +301,14 @@ class Uplink:
         if future not in self._flights:
             return  # it has done so already: the records are pending again
         records, puback = self._flights.landed(future, time.monotonic()), future.result()
-        if not self._flights:
-            self._idle.set()
-        self._wake.set()
+        if self._pressed or self._renewing:
+            self._wake.set()
         if not records:
             return  # what was said of our presence: it tells nothing of how records fare
         if len(records) > 1 and not puback.accepted and puback.code not in RETRY_LATER:
             log.warning("uplink.batch-rejected", extra={"endpoint": self.options.name, "code": puback.code})
             self._loading.part(records)
+            self._wake.set()
             return
         self._judge(records, puback)
         now_ns = time.time_ns()
