@@ -6,11 +6,13 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paho.mqtt.client import Client
 from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.exception import MQTTException
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from agent.boot import boot_ns
 from agent.errors import EndpointError
 from agent.mqtt.client import SEND_BYTES, Incoming, _incoming, new_client
 from agent.mqtt.connection import Connection
@@ -347,6 +349,33 @@ def test_client_pushes_back_when_the_peer_does_not_read(pair):
         client._packet_write()
     assert received == taken
     assert not client.want_write()
+
+
+async def test_socket_that_a_read_has_emptied_is_asked_once_for_all_packets_and_known_to_be_empty(pair, monkeypatch):
+    client, peer = pair
+    transport = Transport(client, check_peer=lambda _: None, wanted=lambda: True, lost=lambda _: None, prompt=False)
+    transport.gauge, transport._reading = Gauge(client._sock), True
+    reads, receive = [], Client._sock_recv
+    monkeypatch.setattr(Client, "_sock_recv", lambda self, size: reads.append(size) or receive(self, size))
+
+    def came(*_):
+        transport.packets += 1
+
+    client.on_incoming = client.on_puback = came
+    peer.sendall(PACKETS)
+    select.select([client._sock], [], [])
+    before, begun = transport.gauge._empty_ns, boot_ns()
+    transport._read()
+    assert (transport.packets, len(reads)) == (4, 1)
+    assert before < begun <= transport.gauge._empty_ns <= boot_ns()
+    peer.sendall(PACKETS[:6])
+    select.select([client._sock], [], [])
+    transport._read()
+    assert (transport.packets, len(reads)) == (4, 3), "half a packet, and then nothing"
+    peer.sendall(PACKETS[6:])
+    select.select([client._sock], [], [])
+    transport._read()
+    assert (transport.packets, len(reads)) == (8, 4)
 
 
 async def test_bytes_that_were_read_ahead_count_as_unseen(pair):

@@ -7,6 +7,7 @@ and written here: paho connects, subscribes, keeps alive and disconnects.
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable, Container
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersi
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from agent.boot import boot_ns
 from agent.mqtt.packets import Outgoing, Session
 
 READ_BYTES = 64 << 10  # read at a time
@@ -60,6 +62,7 @@ class DirectClient(Client):
         self.on_incoming: Callable[[Incoming], None] = lambda _: None
         self.on_puback: Callable[[int, int], None] = lambda _mid, _code: None
         self._ahead, self._taken = bytearray(), 0
+        self.emptied_ns: int | None = None  # when (boot time) all was read that the socket held; None: nobody knows
         self._unsent = bytearray()
         self.writes = 0  # to the socket so far
         self.largest = LARGEST_PACKET
@@ -127,7 +130,10 @@ class DirectClient(Client):
         if self._taken:
             del self._ahead[: self._taken]
             self._taken = 0
+        self.emptied_ns, now_ns = None, boot_ns()
         data = super()._sock_recv(READ_BYTES)
+        if len(data) < READ_BYTES and not isinstance(self._sock, ssl.SSLSocket):  # TLS gives one record at a time
+            self.emptied_ns = now_ns
         self._ahead += data
         return bool(data)
 

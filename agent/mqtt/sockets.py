@@ -38,8 +38,11 @@ class Gauge:
         gap = now_ns - self._empty_ns
         return gap if gap > LOOK_NS else 0
 
-    def look_in(self) -> None:
-        """Note the moment if nothing waits to be read."""
+    def look_in(self, emptied_ns: int | None = None) -> None:
+        """Note the moment if nothing waits to be read, or the one (boot time) at which a read emptied the socket."""
+        if emptied_ns is not None:
+            self._empty_ns = max(self._empty_ns, emptied_ns)
+            return
         if self._sock.fileno() < 0:
             return
         poll = select.poll()

@@ -153,15 +153,16 @@ class Transport:
             before = self.packets
             if not self._read_once():
                 return
-            if self.packets == before and not self._client.has_packet:
-                self._look_in()
-                return  # no whole packet was there: the selector calls again
+            found = self.packets > before and self._client.emptied_ns is None
+            if not (found or self._client.has_packet):
+                self._look_in(self._client.emptied_ns)
+                return  # no other whole packet is there: the selector calls again
         self._loop.call_soon(self._read)
 
-    def _look_in(self) -> None:
-        """Note the moment if nothing waits to be read, neither in the socket nor behind it."""
+    def _look_in(self, emptied_ns: int | None = None) -> None:
+        """Note the moment if nothing waits to be read, neither in the socket nor behind it, or when nothing did."""
         if self.gauge is not None and self._reading and not self._client.has_packet:
-            self.gauge.look_in()
+            self.gauge.look_in(emptied_ns)
             if self._prompt:
                 self.gauge.acknowledge()
 
