@@ -82,18 +82,18 @@ class Flights:
         self.idle.set()
         return found
 
-    def stuck(self, now: float, acknowledged: int, timeout_s: float) -> str | None:
+    def stuck(self, now: float, acknowledged: Callable[[], int], timeout_s: float) -> str | None:
         """Why the connection should be given up: for `timeout_s` no PUBACK came, or one was left out.
 
-        While the oldest PUBLISH is still being taken by the peer's TCP (`acknowledged` grows), the time does not run:
+        While the oldest PUBLISH is still being taken by the peer's TCP (`acknowledged()` grows), the time does not run:
         on a slow link a large one may take minutes, and to begin it anew would never end.
         """
         if not self._flights:
             return None
         first, flight = next(iter(self._flights.items()))
-        if self._acknowledged < acknowledged and self._acknowledged < flight.goal:
+        before, self._acknowledged = self._acknowledged, acknowledged()
+        if before < self._acknowledged and before < flight.goal:
             self._progress = now
-        self._acknowledged = acknowledged
         if now - self._progress > timeout_s:
             return f"no PUBACK within {timeout_s} s"
         if self._overtaken is not None and self._overtaken[0] is first and now - self._overtaken[1] > timeout_s:

@@ -106,7 +106,7 @@ class Uplink:
         self._attempts = itertools.count()
         self._draining = False
         self._renewing = False
-        self._pressed = False  # a PUBACK lets something go on
+        self._pressed = False  # something waits for room in the window or in the socket
 
     @property
     def in_flight(self) -> int:
@@ -227,7 +227,7 @@ class Uplink:
         ready = loading.ready
         supply = Supply(options.name, self._committer, self._board, self._patience, shares=shares, ready=ready)
         outlet = loading.outlet = Outlet(connection, options)
-        connection.on_drained(self._wake.set)
+        connection.on_drained(self._go_on)
         connection.closed.add_done_callback(lambda _: self._wake.set())
         try:
             while not connection.closed.done():
@@ -295,14 +295,17 @@ class Uplink:
         self._flights.add(future, Flight(records=records, goal=connection.goal()), time.monotonic())
         future.add_done_callback(self._on_puback)
 
+    def _go_on(self) -> None:
+        if self._pressed or self._renewing:
+            self._wake.set()
+
     def _on_puback(self, future: asyncio.Future[Puback]) -> None:
         if future.cancelled() or future.exception() is not None:
             return  # the connection is lost: `_release` does the rest
         if future not in self._flights:
             return  # it has done so already: the records are pending again
         records, puback = self._flights.landed(future, time.monotonic()), future.result()
-        if self._pressed or self._renewing:
-            self._wake.set()
+        self._go_on()
         if not records:
             return  # what was said of our presence: it tells nothing of how records fare
         if len(records) > 1 and not puback.accepted and puback.code not in RETRY_LATER:
@@ -340,7 +343,7 @@ class Uplink:
             raise _RenewalError("renewed")
         if self._settling.broken is not None:
             raise self._settling.broken
-        stuck = self._flights.stuck(time.monotonic(), connection.acknowledged(), self.options.ack_timeout_s)
+        stuck = self._flights.stuck(time.monotonic(), connection.acknowledged, self.options.ack_timeout_s)
         if stuck is not None:
             raise EndpointError(stuck)
         reach.check(self._reachable)
