@@ -46,7 +46,7 @@ SHORT_SECONDS = 1.0
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to `residency-tools`."""
     parser = subparsers.add_parser("bench", help="measure the agent beside its peers", description=__doc__)
-    parser.add_argument("--only", choices=ROWS, nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--only", choices=ROWS, nargs="+", action="extend", metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--short", action="store_true", help="a look in less than a minute: fewer rows, seconds, turns")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender, default: %(default)s")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a turn, about, default: %(default)s")
