@@ -19,6 +19,7 @@ from paho.mqtt.properties import Properties
 
 from agent.boot import boot_ns
 from agent.mqtt.packets import Outgoing, Session
+from agent.settings.config import LARGEST_PACKET
 
 READ_BYTES = 64 << 10  # read at a time
 SEND_BYTES = 64 << 10  # collected before they must be sent
@@ -28,7 +29,6 @@ EXACTLY_ONCE = 2
 CONTENT_TYPE, SUBSCRIPTION, USER_PROPERTY = 0x03, 0x0B, 0x26  # MQTT 5.0, 2.2.2.2, as the next two
 FIXED_BYTES = {0x01: 1, 0x02: 4, 0x23: 2}  # Payload Format Indicator, Message Expiry Interval, Topic Alias
 COUNTED = frozenset({0x08, 0x09})  # Response Topic, Correlation Data: two bytes of length, then so many
-LARGEST_PACKET = 268_435_455  # MQTT 5.0, 1.5.5: the rest of a packet
 CONNECT_SECONDS = 10.0  # TCP, TLS and CONNACK together
 
 
