@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import msgspec
 from mcap.records import Attachment, Channel, Footer, Message, Metadata
@@ -46,8 +46,7 @@ META_SCHEMA = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Properties:
+class Properties(msgspec.Struct, frozen=True, kw_only=True):
     """The MQTT 5 properties of a PUBLISH that survive a recording; the order of user properties is kept."""
 
     payload_format: int | None = None
@@ -59,7 +58,6 @@ class Properties:
 
 
 NO_PROPERTIES = Properties()
-NAMES = tuple(Properties.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,19 +246,13 @@ class _Known:
     derived: bool
 
 
-class _Meta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class _Meta(Properties, frozen=True, kw_only=True, omit_defaults=True):
     """What stands on the channel `/mqtt/meta` of the message with this channel and sequence; bytes are base64."""
 
     channel: int = 0
     sequence: int = 0
     qos: int = 1
     retain: bool = False
-    payload_format: int | None = None
-    expiry_s: int | None = None
-    content_type: str | None = None
-    response_topic: str | None = None
-    correlation: bytes | None = None
-    user: tuple[tuple[str, str], ...] = ()
 
 
 DEFAULTS = _Meta()  # of a message of which nothing is written there
@@ -274,8 +266,12 @@ def _recorded(channel: _Known, record: Message, meta: _Meta) -> Recorded:
         receipt_ns=record.log_time,
         qos=meta.qos,
         retain=meta.retain,
-        properties=NO_PROPERTIES if meta is DEFAULTS else Properties(**{name: getattr(meta, name) for name in NAMES}),
+        properties=NO_PROPERTIES if meta is DEFAULTS else Properties(**_properties_of(meta)),
     )
+
+
+def _properties_of(one: Properties) -> dict[str, Any]:
+    return {name: getattr(one, name) for name in Properties.__struct_fields__}
 
 
 def _form(channel: Channel) -> Form:
@@ -290,6 +286,5 @@ def _meta(message: Recorded, channel: int, sequence: int) -> _Meta | None:
     """What differs from the defaults, or None where nothing does."""
     if message.properties is NO_PROPERTIES and message.qos == DEFAULTS.qos and not message.retain:
         return None
-    given = {name: getattr(message.properties, name) for name in NAMES}
-    meta = _Meta(qos=message.qos, retain=message.retain, **given)
+    meta = _Meta(qos=message.qos, retain=message.retain, **_properties_of(message.properties))
     return None if meta == DEFAULTS else msgspec.structs.replace(meta, channel=channel, sequence=sequence)

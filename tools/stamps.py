@@ -11,6 +11,8 @@ import json
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import msgspec
+
 from tools.recording import Properties, Recorded
 from tools.schemas import NANOSECONDS, json_object
 
@@ -75,7 +77,7 @@ def _properties(properties: Properties, capture_ns: int) -> Properties:
     user = tuple(
         (name, _text(value, capture_ns) if name == TIME_PROPERTY else value) for name, value in properties.user
     )
-    return replace(properties, user=user)
+    return msgspec.structs.replace(properties, user=user)
 
 
 def _text(original: str, capture_ns: int) -> str:
