@@ -25,7 +25,7 @@ from agent.settings.config import (
     policy_path,
     shipped_manifest,
 )
-from agent.trust import Keys
+from agent.trust import Keys, read_borders
 from agent.wire.detached import Kind
 
 LEDGER_FILE = "ledger.sqlite"
@@ -38,7 +38,7 @@ class Setup:
     """A vehicle's configuration and the fleet's policy, fitting together.
 
     `digest` is the SHA-256 of policy and borders, `manifest` is the detector's manifest, empty where there is
-    none; `trusted`: policy and borders are signed by a trusted key.
+    none; `trusted`: the policy, which names the borders' SHA-256, is signed by a trusted key.
     """
 
     file: Path
@@ -91,8 +91,7 @@ def load(file: Path) -> Setup:
     try:
         data = keys.read_file(policy_file, Kind.POLICY)
         policy = Policy(parse_policy(policy_file, data), policy_file)
-        own = policy.config.borders.geojson
-        borders = keys.read_file(Path(own), Kind.BORDERS, (policy_file, "borders.geojson")) if own else None
+        borders = read_borders(policy.config, policy_file, bound=bool(keys))
     except InvalidConfigError as exc:
         mistakes += exc.mistakes
     else:

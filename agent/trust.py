@@ -1,11 +1,13 @@
 """Whose policy and model this vehicle uses: signed files are read and verified here, and made by `sign`.
 
-What is verified is what is used: the bytes are read once, and handed on.
+- What is verified is what is used: the bytes are read once, and handed on.
+- A signed policy stands for its borders too: it names their SHA-256, so no other borders go with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,15 +19,16 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from agent import usage
 from agent.errors import AgentError, ConfigError, EnvelopeError, InvalidConfigError
-from agent.settings.config import Trust
+from agent.settings.config import Trust, parse_policy
+from agent.settings.policy_config import PolicyConfig
 from agent.wire import detached
 from agent.wire.detached import Kind
 from agent.wire.signing import Signer, key_id_of, public_keys
 
-KINDS = {".toml": Kind.POLICY, ".json": Kind.MODEL, ".geojson": Kind.BORDERS}
+KINDS = {".toml": Kind.POLICY, ".json": Kind.MODEL}
 
 ABOUT = """FILE.sig is written beside each FILE. What it signs is told by the name: .toml a policy, .json a detector's
-manifest (which names the model's SHA-256), .geojson the borders that a policy names."""
+manifest. The manifest names the model's SHA-256, the policy that of its own borders: nothing else has to be signed."""
 EXAMPLES = (
     "residency-agent sign --key fleet.pem --generate",
     "residency-agent sign --key fleet.pem policy.toml detector.json",
@@ -70,13 +73,35 @@ class Keys:
         return data
 
 
+def read_borders(policy: PolicyConfig, file: Path, *, bound: bool) -> bytes | None:
+    """The bytes of the own borders that the policy in `file` names; None where it names none.
+
+    Raises InvalidConfigError where they are not those of its `borders.sha256`; `bound`: it must have one.
+    """
+    borders = policy.borders
+    if not borders.geojson:
+        if borders.sha256:
+            wanted = "the file that borders.sha256 is of"
+            raise InvalidConfigError([ConfigError(file, "borders.geojson", "nothing", wanted)])
+        return None
+    try:
+        data = Path(borders.geojson).read_bytes()
+    except OSError as exc:
+        raise InvalidConfigError([ConfigError(file, "borders.geojson", _why(exc), "a readable file")]) from exc
+    digest = hashlib.sha256(data).hexdigest()
+    if borders.sha256 != digest and (borders.sha256 or bound):
+        wanted = f"{digest}, as {borders.geojson} has"
+        raise InvalidConfigError([ConfigError(file, "borders.sha256", borders.sha256 or "nothing", wanted)])
+    return data
+
+
 def _why(exc: Exception) -> str:
     return f"{exc.filename}: {exc.strerror}" if isinstance(exc, OSError) and exc.filename else str(exc)
 
 
 def add_parser(commands: Any) -> None:  # noqa: ANN401 - argparse has no public type for it
     """Add `sign` to the subcommands."""
-    summary = "sign a policy, its borders or a detector's manifest, or make the key for it"
+    summary = "sign a policy or a detector's manifest, or make the key for it"
     epilog = usage.epilog(EXAMPLES, failed="a file could not be read, signed or written")
     parser = usage.add(commands, "sign", summary, epilog=epilog, description=f"{summary}\n\n{ABOUT}")
     parser.add_argument("--key", type=Path, required=True, help="Ed25519 private key, PEM; keep it off the vehicles")
@@ -110,7 +135,10 @@ def _signed(arguments: argparse.Namespace) -> Iterator[str]:
         if kind is None:
             raise AgentError(f"{file}: say with --as what it is; the name ends in none of {', '.join(KINDS)}")
         target = file.with_name(file.name + detached.SUFFIX)
-        target.write_text(detached.sign(signer, kind, file.read_bytes()), encoding="ascii")
+        data = file.read_bytes()
+        if kind is Kind.POLICY:
+            read_borders(parse_policy(file, data), file, bound=True)
+        target.write_text(detached.sign(signer, kind, data), encoding="ascii")
         yield f"{target}: {kind.name.lower()}, signed by {signer.key_id}"
 
 

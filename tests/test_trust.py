@@ -1,6 +1,8 @@
-"""Signed policies, borders and manifests: what is refused, and what `sign` writes."""
+"""Signed policies, their borders, and manifests: what is refused, and what `sign` writes."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -129,18 +131,65 @@ def test_policy_that_has_to_be_signed_needs_a_serial(files):
     assert "serial" in refusal(files)
 
 
-def test_borders_of_a_signed_policy_must_be_signed_too(files):
-    text = POLICY + '[borders]\ngeojson = "own.geojson"\n'
+def square(east):
+    """Borders of one country, from the equator and the prime meridian to 1 degree north and `east` degrees east."""
+    ring = [[0, 0], [east, 0], [east, 1], [0, 1], [0, 0]]
+    feature = {
+        "type": "Feature",
+        "properties": {"iso1A2": "CN"},
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+    }
+    return json.dumps({"type": "FeatureCollection", "features": [feature]})
+
+
+def write_policy(folder, borders=""):
+    """A policy with its [borders], signed as a fleet with another tool would; the signature says nothing of borders."""
+    text = f'{POLICY}[borders]\ngeojson = "own.geojson"\n{borders}'
+    (folder / "policy.toml").write_text(text)
+    signer = Signer.from_pem((folder / "fleet.pem").read_bytes())
+    (folder / "policy.toml.sig").write_text(detached.sign(signer, Kind.POLICY, text.encode()))
+
+
+def test_signed_policy_goes_with_no_other_borders_than_those_whose_digest_it_names(files):
+    (files / "own.geojson").write_text(square(1))
+    write_policy(files)
+    digest = hashlib.sha256(square(1).encode()).hexdigest()
+    assert f"borders.sha256: found 'nothing', wanted {digest}" in refusal(files)
+    write_policy(files, f'sha256 = "{digest}"\n')
+    assert assembly.load(files / "agent.toml").borders().countries_near(0.5, 0.5, 10) == {"CN"}
+    (files / "own.geojson").write_text(square(2))
+    assert "borders.sha256" in refusal(files), "they may have been those of an older policy"
+
+
+def test_borders_that_are_not_those_of_the_policy_are_refused_at_a_development_desk_too(files):
+    (files / "agent.toml").write_text(AGENT.split("[trust]", maxsplit=1)[0])
+    (files / "own.geojson").write_text(square(1))
+    write_policy(files)
+    assert not assembly.load(files / "agent.toml").trusted, "nothing is asked for where nothing has to be signed"
+    write_policy(files, f'sha256 = "{"0" * 64}"\n')
+    assert "borders.sha256" in refusal(files)
+
+
+def test_digest_of_borders_that_the_policy_does_not_name_is_a_mistake(files):
+    text = POLICY + f'[borders]\nsha256 = "{"0" * 64}"\n'
     (files / "policy.toml").write_text(text)
-    square = [[[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]]
-    geometry = {"type": "Polygon", "coordinates": square}
-    feature = {"type": "Feature", "properties": {"iso1A2": "CN"}, "geometry": geometry}
-    (files / "own.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
-    sign("--key", files / "fleet.pem", files / "policy.toml")
+    assert sign("--key", files / "fleet.pem", files / "policy.toml") == 2
+    (files / "agent.toml").write_text(AGENT.split("[trust]", maxsplit=1)[0])
     assert "borders.geojson" in refusal(files)
-    sign("--key", files / "fleet.pem", files / "own.geojson")
-    before = assembly.load(files / "agent.toml")
-    assert before.borders().countries_near(0.5, 0.5, 10) == {"CN"}
+
+
+def test_policy_without_the_digest_of_its_borders_is_not_signed_and_the_digest_is_told(files, capsys):
+    (files / "own.geojson").write_text(square(1))
+    write_policy(files)
+    (files / "policy.toml.sig").unlink()
+    assert sign("--key", files / "fleet.pem", files / "policy.toml") == 2
+    told = capsys.readouterr().err
+    assert not (files / "policy.toml.sig").exists()
+    digest = re.search("wanted ([0-9a-f]{64})", told)[1]
+    with (files / "policy.toml").open("a") as file:
+        file.write(f'sha256 = "{digest}"\n')
+    assert sign("--key", files / "fleet.pem", files / "policy.toml") == 0
+    assert assembly.load(files / "agent.toml").trusted
 
 
 def test_keys_that_cannot_be_read_leave_nothing_trusted(files):

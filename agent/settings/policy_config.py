@@ -7,13 +7,16 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from agent.settings.tables import Country, Pointer, Port, Positive, Seconds, Sha256, Table, Text, Word
+from agent.settings.tables import Country, Pointer, Port, Positive, Seconds, Sha256, Sha256OrNone, Table, Text, Word
 
 
 class Borders(Table, frozen=True, kw_only=True):
     """[borders]: the polygons."""
 
     geojson: Annotated[str, Meta(description="Own borders instead of the shipped ones; relative to this file")] = ""
+    sha256: Annotated[
+        Sha256OrNone, Meta(description="Hex SHA-256 of that file, which it must have; required where [trust] is set")
+    ] = ""
 
 
 class Region(Table, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ Seconds = Annotated[float, Meta(gt=0, le=366 * 86_400)]
 Country = Annotated[str, Meta(pattern=r"^[A-Z]{2}\Z")]
 CountryOrNone = Annotated[str, Meta(pattern=r"^([A-Z]{2})?\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Sha256OrNone = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 Pointer = Annotated[str, Meta(pattern="^/")]
 
 

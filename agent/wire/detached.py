@@ -1,4 +1,4 @@
-"""Detached signatures of the files that decide what may leave: the policy, its borders, the detector's manifest.
+"""Detached signatures of the files that decide what may leave: the policy and the detector's manifest.
 
 A signature of FILE stands beside it in FILE.sig: four lines of text, Ed25519 over DSSE's encoding of the kind and the
 file's bytes. The kind is signed too, so that a signature of one kind of file never stands for another.
@@ -27,7 +27,6 @@ class Kind(StrEnum):
     """What a signed file is."""
 
     POLICY = "application/vnd.residency-agent.policy.v1+toml"
-    BORDERS = "application/vnd.residency-agent.borders.v1+json"
     MODEL = "application/vnd.residency-agent.model.v1+json"
 
 
