@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from agent import __version__, assembly, commands, first_day, journal, status, trust, usage
+from agent import __version__, assembly, commands, first_day, journal, status, streams, trust, usage
 from agent.commands import Place
 from agent.errors import AgentError, InvalidConfigError
 from agent.settings.config import state_folder
@@ -54,6 +54,7 @@ INIT = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
+    streams.prepare()
     arguments = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         status = int(arguments.run(arguments))

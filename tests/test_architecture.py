@@ -11,7 +11,7 @@ AGENT = ROOT / "agent"
 
 LAYERS = [
     {"__init__"},
-    {"errors", "messages", "topics", "clock", "histogram", "usage", "memory"},
+    {"errors", "messages", "topics", "clock", "histogram", "usage", "memory", "streams"},
     {"boot"},
     {"pictures"},
     {"payloads"},

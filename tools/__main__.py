@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
+from agent import streams
 from tools import calls
 from tools.signals import interruptible
 
@@ -57,6 +58,7 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the status is its own, 2 for wrong usage or a missing library, 130 where a signal ended it."""
+    streams.prepare()
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if word in COMMANDS), None)
     try:
