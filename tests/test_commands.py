@@ -197,6 +197,15 @@ def test_positions_that_stand_where_they_are_looked_for_are_fine(files, keys):
     assembly.load(files / "agent.toml")
 
 
+@pytest.mark.parametrize("key", ["policy", "state"])
+def test_name_that_no_file_can_have_is_a_mistake_of_every_command(files, capsys, key):
+    change(files / "agent.toml", "[intake]", f'[paths]\n{key} = "a\\u0000b"\n[intake]')
+    for command in ("check", "run", "doctor", "egress-rules"):
+        assert command_line.main([command, str(files / "agent.toml")]) == 2
+        assert f"{files / 'agent.toml'}: paths.{key}: found 'a\\x00b', wanted text" in capsys.readouterr().err
+    assert command_line.main(["status", str(files / "agent.toml")]) == 1
+
+
 def test_mistake_in_agent_toml_does_not_hide_those_of_the_policy(files):
     change(files / "agent.toml", "[intake]", '[broker]\nhsot = "x"\n[paths]\npolicy = "fleet.toml"\n[intake]')
     (files / "policy.toml").rename(files / "fleet.toml")

@@ -252,7 +252,7 @@ def policy_path(path: Path) -> Path:
 def _named(path: Path, key: str, *, default: str) -> Path:
     paths = _toml(path, _read(path)).get("paths", {})
     name = paths.get(key) if isinstance(paths, dict) else None
-    return path.absolute().parent / (name if isinstance(name, str) and name else default)
+    return path.absolute().parent / (name if isinstance(name, str) and name and "\0" not in name else default)
 
 
 def _read(path: Path) -> bytes:

@@ -53,6 +53,8 @@ def _value(place: _Place, found: object, wanted: Any) -> object:  # noqa: ANN401
         return _table_of_structs(place, found, get_args(wanted)[1])
     if get_origin(wanted) is list and _is_struct(get_args(wanted)[0]):
         return _array_of_structs(place, found, get_args(wanted)[0])
+    if isinstance(found, str) and "\0" in found:
+        return place.mistake(found, "text without U+0000, which no name of a file, host or topic can hold")
     try:
         return msgspec.convert(found, wanted)
     except msgspec.ValidationError as exc:
