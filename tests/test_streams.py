@@ -1,9 +1,13 @@
-"""The standard streams: what is printed, whatever the terminal's encoding lacks."""
+"""The standard streams: what is printed, whatever the terminal's encoding lacks, and streams that are closed."""
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +60,30 @@ def test_character_that_the_terminal_lacks_is_escaped(tmp_path, encoding, shown)
     status, told, _ = called("explain", tmp_path / "agent.toml", "--topic", "温度", encoding=encoding)
     assert status == 0
     assert shown in told
+
+
+CLOSED = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")  # a command without any standard stream
+
+
+def test_agent_whose_standard_streams_are_closed_runs_and_gives_their_numbers_to_nothing_else(tmp_path, patience):
+    assert called("init", tmp_path / "car", *INIT, "--broker", "127.0.0.1:1")[0] == 0
+    command = [*CLOSED, sys.executable, "-m", "agent", "run", tmp_path / "car" / "agent.toml"]
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as notified:
+        notified.bind(str(tmp_path / "notify"))
+        notified.settimeout(patience)
+        env = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with subprocess.Popen(command, env=env) as run:
+            try:
+                while b"READY=1" not in notified.recv(4096):
+                    pass
+                opened = [str(Path(f"/proc/{run.pid}/fd/{number}").readlink()) for number in range(3)]
+            finally:
+                run.send_signal(signal.SIGTERM)
+    assert run.returncode == 0
+    assert opened == [os.devnull] * 3
+
+
+def test_error_that_standard_error_does_not_take_does_not_stand_in_the_output(tmp_path):
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "agent", "check", tmp_path / "absent.toml"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    assert (result.returncode, result.stdout) == (2, b"")
