@@ -18,7 +18,7 @@ from faultdisk import FaultDisk
 from ledger_samples import NOW, SECOND, delivered, in_memory, numbers, opened, record, refused, store
 
 from agent.errors import LedgerCorruptError, LedgerError, LedgerStalledError
-from agent.store.audit_cli import verify
+from agent.store.audit_cli import export, verify
 from agent.store.committer import CommitOptions, Committer
 from agent.store.entries import IntakeKey, Noted, Rejected
 from agent.store.ledger import Ledger
@@ -82,6 +82,13 @@ def test_damaged_file_is_set_aside_reported_and_never_a_reason_not_to_start(path
     ledger.close()
     assert opened_again_without_incident(path)
     assert verify(path).intact
+    assert set_aside(path)[0] == "ledger.db.corrupt-1", "the audit says so, before all else"
+
+
+def set_aside(path):
+    """What the audit says of it; none where it does not begin with it."""
+    rows = [row for row in export(path) if row["what"] != "restored"]
+    return [row["value"] for row in rows[:2] if row.get("name") == "ledger.set-aside"]
 
 
 def opened_again_without_incident(path):
@@ -134,6 +141,9 @@ def test_records_that_can_still_be_read_are_carried_over_and_the_others_counted(
     assert ledger.meta("policy") == "7"
     assert ledger.recorded(IntakeKey(session="telemetry", mid=50, digest=b"digest-49"))
     ledger.close()
+    told = f"ledger.db.corrupt-1: {61 - lost} of 61 records carried over"
+    assert ledger.incidents[1] == told.partition(": ")[2]
+    assert set_aside(path) == ["ledger.db.corrupt-1", told]
 
 
 def crashed_copy(path):

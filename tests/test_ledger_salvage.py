@@ -13,7 +13,7 @@ from ledger_samples import NOW, delivered, in_memory, opened, refused, store
 
 from agent.errors import LedgerStalledError
 from agent.store import aside, ledger, salvage
-from agent.store.audit_cli import verify
+from agent.store.audit_cli import export, verify
 from agent.store.blobs import write_synced
 from agent.store.entries import Noted
 
@@ -174,6 +174,7 @@ def test_salvage_that_never_ends_does_not_keep_the_ledger_from_opening(path, mon
     assert (counts.received, counts.delivered, counts.refused) == (before.received, before.delivered, before.refused)
     assert (counts.pending + counts.held, counts.evicted) == (8, before.pending + before.held - 8)
     assert "ledger.db.corrupt-2" in beside
+    assert [row["value"] for row in export(path) if row.get("name") == "ledger.set-aside"] == ["ledger.db.corrupt-2"]
     assert end_of(path)[0] == ()
 
 
@@ -225,3 +226,10 @@ def test_ledger_whose_salvage_fails_takes_no_record_before_it_was_done(path, mon
             opened(path)
     assert path.with_name("ledger.db.salvage").exists()
     assert end_of(path)[1] == whole
+
+
+def test_disk_that_takes_nothing_ends_a_salvage_without_an_error(path):
+    def full():
+        raise LedgerStalledError("full")
+
+    assert salvage.salvage(path, full) == "0 of 12 records carried over, then: full"

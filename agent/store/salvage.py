@@ -5,6 +5,7 @@ Invariants
   evicted (`ledger.set-aside`), and each record that is read again moves back to where it was, in one transaction each.
 - Only records whose CRC-32 fits are taken. The old files are only read, large envelopes copied, so that a salvage which
   was cut off can be made again from the beginning (`aside`).
+- The new audit chain says which file the old one is in, before anything is carried over, and at the end how much was.
 - The work ends at `SECONDS`, at a full disk, or when everything was tried: the new ledger opens in any case.
 """
 
@@ -22,7 +23,7 @@ from agent.messages import Record, State
 from agent.store import tally
 from agent.store.blobs import Blobs
 from agent.store.books import Books, Delta, read_cells, read_lanes, read_meta, read_rings
-from agent.store.entries import IntakeKey, Spooled
+from agent.store.entries import IntakeKey, Noted, Spooled
 from agent.store.spool import Spool
 from agent.store.storage import beside
 from agent.store.transaction import Transaction
@@ -76,15 +77,26 @@ class Wreck:
 
 def salvage(path: Path, begin: Begin) -> str:
     """Carry over what can be read of the ledger at `path`, in transactions that `begin` opens; what became of it."""
+    _note(begin, path.name)
     try:
         wreck = Wreck(path)
     except sqlite3.Error as exc:
         return f"nothing of it could be read: {exc}"
     with contextlib.closing(wreck):
-        return _carry_over(wreck, begin)
+        carried, why = _carry_over(wreck, begin)
+    _note(begin, f"{path.name}: {carried}")
+    return carried + why
 
 
-def _carry_over(wreck: Wreck, begin: Begin) -> str:
+def _note(begin: Begin, value: str) -> None:
+    """An audit row, where the disk takes it; what errors say is not for it, since they may quote what is damaged."""
+    with contextlib.suppress(LedgerError), begin() as transaction:
+        transaction.apply([Noted(name=SET_ASIDE, value=value, time_ns=time.time_ns())])
+
+
+def _carry_over(wreck: Wreck, begin: Begin) -> tuple[str, str]:
+    """How much was carried over, and what ended it early, if anything."""
+    why = ""
     lost = sum(wreck.books.cells.get((state, tally.TOTAL, ""), (0, 0))[0] for state in (State.PENDING, State.HELD))
     saved: set[str] = set()
     try:
@@ -96,8 +108,8 @@ def _carry_over(wreck: Wreck, begin: Begin) -> str:
                     _restore(transaction, record, counted=len(saved) < lost)
                     saved.add(record.id)
     except (LedgerError, ValueError, TypeError) as exc:  # nonsense that only shows when it is written
-        return f"{len(saved)} of {lost} records carried over, then: {exc}"
-    return f"{len(saved)} of {lost} records carried over"
+        why = f", then: {exc}"
+    return f"{len(saved)} of {lost} records carried over", why
 
 
 def _carry_books(books: Books, delta: Delta) -> None:
