@@ -23,7 +23,17 @@ from tools.demo import BUNDLED
 from tools.importing.truth import ATTACHMENT, Truth
 from tools.judge import STATES, Judge, Sent, claimed, judge_counts
 from tools.leaves import Fields
-from tools.pixels import constant_share, covered, decode, hides_nothing, nearest, picture_format, thumbnail
+from tools.pixels import (
+    LIKELY,
+    Shown,
+    constant_share,
+    covered,
+    decode,
+    hides_nothing,
+    nearest,
+    picture_format,
+    thumbnail,
+)
 from tools.recording import contents, messages
 from tools.scene import permitted
 from tools.spool import Spool, SpoolError
@@ -484,6 +494,15 @@ def test_constant_area_counts_as_covered_and_noise_does_not():
     assert not covered(noise, noise, (25, 25, 75, 75))
     assert covered(black, black, (25, 25, 75, 75)) is None
     assert constant_share(black, (0, 20, 100, 80)) == pytest.approx(0.6, abs=0.01)
+
+
+def test_all_pictures_that_look_the_same_are_found_however_many_they_are():
+    shown = Shown()
+    assert shown.like(png(GREY)) == []
+    for index in range(3 * LIKELY):
+        shown.add(index, png(GREY + np.uint8(index % 2 * 50)))
+    shown.add(1000, b"no picture")
+    assert shown.like(jpeg(GREY)) == list(range(0, 3 * LIKELY, 2))
 
 
 def test_every_crop_is_told_from_every_other_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import re
 import struct
@@ -69,24 +70,28 @@ def nearest(wanted: Grey, candidates: Grey) -> int:
 
 @dataclass(slots=True)
 class Shown:
-    """The sent pictures of a topic that can be decoded, as thumbnails; others can only arrive by mistake."""
+    """The sent pictures of a topic that can be decoded, as thumbnails; others can only arrive by mistake.
 
-    _indexes: list[int] = field(default_factory=list)
+    Those that look the same have one digest.
+    """
+
     _grey: bytearray = field(default_factory=bytearray)
+    _same: dict[bytes, list[int]] = field(default_factory=dict)
 
     def add(self, index: int, picture: bytes) -> None:
         """Keep how a picture looks."""
         with contextlib.suppress(*UNREADABLE):
-            self._grey += thumbnail(picture).tobytes()
-            self._indexes.append(index)
+            small = thumbnail(picture).tobytes()
+            self._grey += small
+            self._same.setdefault(hashlib.sha256(small).digest(), []).append(index)
 
     def like(self, picture: bytes) -> list[int]:
         """The index of the picture that looks most like this one, and of those that look the same as that."""
-        if not self._indexes:
+        if not self._same:
             return []
         thumbnails = np.frombuffer(self._grey, np.uint8).reshape(-1, *THUMBNAIL[::-1])
         best = thumbnails[nearest(thumbnail(picture), thumbnails)]
-        return [self._indexes[place] for place in np.flatnonzero((thumbnails == best).all(axis=(1, 2)))]
+        return self._same[hashlib.sha256(best.tobytes()).digest()]
 
 
 def _difference(wanted: Grey, candidates: Grey) -> NDArray[np.float64]:
