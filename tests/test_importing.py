@@ -4,19 +4,23 @@ import io
 import json
 import subprocess
 import sys
+import tracemalloc
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tools.__main__ import main
 from tools.importing import comma, frames, gpx, jsonl, mdf, nmea
-from tools.importing.join import Drive, joined
+from tools.importing.join import Drive, Waiting, joined
 from tools.importing.rows import BadRowError, SourceError
 from tools.progress import progress
 from tools.recording import Properties, contents, messages
 from tools.schemas import json_object
+from tools.spool import Spool
 
 ROOT = Path(__file__).parents[1]
 SECOND = 1_000_000_000
@@ -311,28 +315,33 @@ def test_file_that_is_no_bus_log_and_a_missing_dbc_are_errors(tmp_path):
         list(mdf.read(tmp_path / "log.mf4", tmp_path / "none.dbc"))
 
 
+def drive(name, messages):
+    spool = Spool(io.BytesIO())
+    return Drive(name=name, messages=tuple(Waiting.of(one, spool) for one in messages))
+
+
 def test_drives_joined_start_together_and_say_that_they_are_a_composite(tmp_path):
     track = tuple(gpx.read(put(tmp_path / "t.gpx", GPX)))
     pictures = tmp_path / "frames"
     pictures.mkdir()
     for second in (40, 41):
         (pictures / f"{second}s.jpg").write_bytes(picture(second))
-    found, provenance = joined(
-        [Drive(name="t", messages=track), Drive(name="f", messages=tuple(frames.read(pictures)))]
-    )
+    placed, provenance = joined([drive("t", track), drive("f", frames.read(pictures))])
+    found = [one.read() for one in placed]
     assert provenance["composite"] == "true"
     assert [one.capture_ns - NOON * SECOND for one in found] == [0, 0, SECOND, 1_250_000_000]
     assert found[1].properties.user == (("time", str(NOON * SECOND)),)
-    assert joined([Drive(name="t", messages=track)])[1]["composite"] == "false"
+    assert joined([drive("t", track)])[1]["composite"] == "false"
 
 
 def test_car_of_a_composite_is_in_one_place_only(tmp_path):
     track = tuple(gpx.read(put(tmp_path / "t.gpx", GPX)))
-    found, provenance = joined([Drive(name="one", messages=track), Drive(name="two", messages=track)])
+    found, provenance = joined([drive("one", track), drive("two", track)])
     assert len(found) == len(track)
     assert "2 positions left out" in provenance["source 2"]
+    early, _ = joined([drive("one", track)], start_ns=-SECOND)
     with pytest.raises(SourceError, match="1970"):
-        joined([Drive(name="one", messages=track)], start_ns=-SECOND)
+        early[0].read()
 
 
 def imported(*arguments):
@@ -349,6 +358,20 @@ def test_command_writes_a_recording_with_its_provenance(tmp_path):
     assert json.loads(done.stdout)["count"] == 3
     assert contents(out).composite
     assert [one.receipt_ns // SECOND for one in messages(out)] == [1_704_067_200, 1_704_067_200, 1_704_067_201]
+
+
+def test_memory_of_an_import_does_not_grow_with_the_pictures(tmp_path):
+    pictures, random = tmp_path / "frames", Random(1)
+    pictures.mkdir()
+    for second in range(40):
+        (pictures / f"{second}s.jpg").write_bytes(b"\xff\xd8\xff" + random.randbytes(1_000_000))
+    tracemalloc.start()
+    status = main(["import", "--quiet", "-o", str(tmp_path / "out.mcap"), "--frames", str(pictures)])
+    _now, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert status == 0
+    assert len(list(messages(tmp_path / "out.mcap"))) == 40
+    assert peak < 20_000_000
 
 
 def test_command_stops_at_a_bad_row_or_skips_it_when_told_to(tmp_path):

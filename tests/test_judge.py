@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import struct
@@ -22,14 +23,26 @@ from tools.demo import BUNDLED
 from tools.importing.truth import ATTACHMENT, Truth
 from tools.judge import STATES, Judge, Sent, claimed, judge_counts
 from tools.leaves import Fields
-from tools.pixels import constant_share, covered, decode, hides_nothing, nearest, picture_format, thumbnail
+from tools.pixels import (
+    LIKELY,
+    Shown,
+    constant_share,
+    covered,
+    decode,
+    hides_nothing,
+    nearest,
+    picture_format,
+    thumbnail,
+)
 from tools.recording import contents, messages
 from tools.scene import permitted
+from tools.spool import Spool, SpoolError
 from tools.stamps import rfc3339
 from tools.witness import Seen, WitnessError, opened, unbatched
 
-SPEED = Sent(topic="vehicle/telemetry/speed", payload=b'{"ts":1.0,"kmh":50}', country="CN")
-LOCATION = Sent(topic="vehicle/gnss", payload=b'{"ts":1.0,"lat":22.4}', country="HK")
+SPOOL = Spool(io.BytesIO())
+SPEED = Sent(topic="vehicle/telemetry/speed", payload=SPOOL.keep(b'{"ts":1.0,"kmh":50}'), country="CN")
+LOCATION = Sent(topic="vehicle/gnss", payload=SPOOL.keep(b'{"ts":1.0,"lat":22.4}'), country="HK")
 FRONT = "vehicle/camera/front"
 START = 1_790_000_000 * 10**9  # ns, 2026-09-21T14:13:20Z
 
@@ -41,7 +54,8 @@ def street():
     objects = {one.capture_ns: one.objects for one in truth.pictures}
     front = [one for one in messages(BUNDLED) if one.topic == "vehicle/camera/front"]
     return [
-        Sent(topic=one.topic, payload=one.payload, country="CN", objects=objects[one.capture_ns]) for one in front[:14]
+        Sent(topic=one.topic, payload=SPOOL.keep(one.payload), country="CN", objects=objects[one.capture_ns])
+        for one in front[:14]
     ]
 
 
@@ -53,7 +67,7 @@ def jpeg(pixels):
 
 def masked(sent, leave=()):
     """What a good agent delivers: every labelled object black, except those of the labels to leave."""
-    pixels = decode(sent.payload).copy()
+    pixels = decode(sent.payload.read()).copy()
     for label, x1, y1, x2, y2 in sent.objects:
         if label not in leave:
             pixels[max(y1 - 2, 0) : y2 + 2, max(x1 - 2, 0) : x2 + 2] = 0
@@ -66,7 +80,7 @@ def seen(data, broker="cn", number=0, **attributes):
     stated = {"subject": subject, "redaction": "person=1", **attributes}
     inner = {"id": str(number), "source": "urn:test", **stated, "data": data}
     outer = {"payload": msgpack.packb(inner), "payloadType": "t", "signatures": []}
-    return Seen(broker=broker, topic="cn/demo/x", payload=msgpack.packb(outer), time_ns=0)
+    return Seen(broker=broker, topic="cn/demo/x", payload=SPOOL.keep(msgpack.packb(outer)), time_ns=0)
 
 
 def judged(sent, publications):
@@ -74,32 +88,32 @@ def judged(sent, publications):
 
 
 def test_permitted_record_is_counted_by_its_true_country_and_is_no_problem():
-    verdict = judged([SPEED], [seen(SPEED.payload)])
+    verdict = judged([SPEED], [seen(SPEED.payload.read())])
     assert verdict.problems == []
     assert verdict.arrived == {("CN", "cn"): 1}
 
 
 @pytest.mark.parametrize(("sent", "broker"), [(SPEED, "hk"), (LOCATION, "hk"), (LOCATION, "cn")])
 def test_record_at_a_broker_that_its_true_country_does_not_permit_is_a_problem_whatever_its_tag_says(sent, broker):
-    verdict = judged([sent], [seen(sent.payload, broker, dataregion="hk", subject=sent.topic)])
+    verdict = judged([sent], [seen(sent.payload.read(), broker, dataregion="hk", subject=sent.topic)])
     assert len(verdict.problems) == 1
     assert sent.country in verdict.problems[0]
 
 
 def test_data_that_nobody_sent_and_publications_without_an_envelope_are_problems():
-    strange = [seen(b"changed on the way"), Seen(broker="cn", topic="t", payload=b"\xc1", time_ns=0)]
+    strange = [seen(b"changed on the way"), Seen(broker="cn", topic="t", payload=SPOOL.keep(b"\xc1"), time_ns=0)]
     assert len(judged([SPEED], strange).problems) == 2
 
 
 def test_repeated_delivery_of_one_record_is_counted_once():
-    verdict = judged([SPEED], [seen(SPEED.payload), seen(SPEED.payload)])
+    verdict = judged([SPEED], [seen(SPEED.payload.read()), seen(SPEED.payload.read())])
     assert (verdict.repeated, verdict.arrived["CN", "cn"]) == (1, 1)
 
 
 def test_record_that_comes_again_elsewhere_or_with_other_data_is_judged_as_well():
-    elsewhere = judged([SPEED], [seen(SPEED.payload), seen(SPEED.payload, "hk")])
+    elsewhere = judged([SPEED], [seen(SPEED.payload.read()), seen(SPEED.payload.read(), "hk")])
     assert (elsewhere.repeated, len(elsewhere.problems)) == (1, 1)
-    assert "nobody sent" in judged([SPEED], [seen(SPEED.payload), seen(b"other")]).problems[0]
+    assert "nobody sent" in judged([SPEED], [seen(SPEED.payload.read()), seen(b"other")]).problems[0]
 
 
 def test_masked_pictures_are_recognised_and_pass(street):
@@ -112,20 +126,21 @@ def test_masked_pictures_are_recognised_and_pass(street):
 
 
 def test_picture_that_arrives_as_it_was_sent_is_a_problem(street):
-    verdict = judged(street, [seen(street[0].payload)])
+    verdict = judged(street, [seen(street[0].payload.read())])
     assert any("unredacted" in problem for problem in verdict.problems)
 
 
 def test_picture_of_nothing_may_arrive_as_it_was_sent_but_not_say_that_it_was_masked(street):
     empty = [replace(street[0], objects=())]
-    assert judged(empty, [seen(empty[0].payload, redaction="none")]).problems == []
+    assert judged(empty, [seen(empty[0].payload.read(), redaction="none")]).problems == []
     assert any(
-        "unredacted" in problem for problem in judged(empty, [seen(empty[0].payload, redaction="plate=1")]).problems
+        "unredacted" in problem
+        for problem in judged(empty, [seen(empty[0].payload.read(), redaction="plate=1")]).problems
     )
 
 
 def test_picture_in_which_nothing_labelled_is_covered_is_a_problem_whatever_it_claims(street):
-    untouched = jpeg(decode(street[0].payload))
+    untouched = jpeg(decode(street[0].payload.read()))
     problems = judged(street, [seen(untouched, redaction="person=4,plate=1")]).problems
     assert any("none of" in problem for problem in problems)
 
@@ -142,7 +157,7 @@ def test_run_in_which_few_labelled_objects_are_covered_is_a_problem_and_a_missed
 
 
 def test_bytes_behind_the_picture_and_missing_claims_are_problems(street):
-    trailing = masked(street[0]) + street[0].payload
+    trailing = masked(street[0]) + street[0].payload.read()
     hidden = judged(street, [seen(trailing)])
     assert any("hidden" in problem for problem in hidden.problems)
     silent = judged(street, [seen(masked(street[0]), redaction="")])
@@ -166,13 +181,14 @@ def told(second):
     return rfc3339(START + round(second * 10**9))
 
 
-BELT = Sent(topic="vehicle/telemetry/belt", payload=b'{"belt":"on"}', country="CN")
+ON = b'{"belt":"on"}'
+BELT = Sent(topic="vehicle/telemetry/belt", payload=SPOOL.keep(ON), country="CN")
 BOTH = [at(BELT, 10), at(replace(BELT, country="HK"), 4000)]
 
 
 def test_leak_is_found_though_the_same_bytes_were_said_again_where_they_are_permitted():
     first, second = (
-        seen(BELT.payload, "hk", number, subject=BELT.topic, time=told(when)) for number, when in enumerate((10, 4000))
+        seen(ON, "hk", number, subject=BELT.topic, time=told(when)) for number, when in enumerate((10, 4000))
     )
     for sent in (BOTH, BOTH[::-1]):
         assert "captured in CN is permitted for ['cn'] only" in judged(sent, [first]).problems[0]
@@ -181,7 +197,7 @@ def test_leak_is_found_though_the_same_bytes_were_said_again_where_they_are_perm
 
 def test_same_bytes_in_two_countries_are_told_apart_by_the_time_and_each_counts_for_its_own():
     records = [
-        seen(BELT.payload, broker, number, subject=BELT.topic, time=told(when))
+        seen(ON, broker, number, subject=BELT.topic, time=told(when))
         for number, (broker, when) in enumerate([("hk", 4000.3), ("cn", 9.8)])
     ]
     for sent in (BOTH, BOTH[::-1]):
@@ -193,22 +209,22 @@ def test_same_bytes_in_two_countries_are_told_apart_by_the_time_and_each_counts_
 
 @pytest.mark.parametrize("stated", [{}, {"time": "yesterday"}, {"time": told(700)}], ids=str)
 def test_all_equal_messages_that_a_record_may_be_have_to_permit_the_broker(stated):
-    record = seen(BELT.payload, "hk", subject=BELT.topic, **stated)
+    record = seen(ON, "hk", subject=BELT.topic, **stated)
     (problem,) = judged(BOTH, [record]).problems
     assert "an equal message was captured in HK" in problem
     assert judged([BOTH[1], at(BOTH[1], 5000)], [record]).problems == []
 
 
 def test_time_that_two_records_state_is_that_of_one_message():
-    records = [seen(BELT.payload, "hk", number, subject=BELT.topic, time=told(4000)) for number in range(2)]
+    records = [seen(ON, "hk", number, subject=BELT.topic, time=told(4000)) for number in range(2)]
     assert len(judged(BOTH, records).problems) == 1
 
 
 def test_same_bytes_on_two_topics_are_two_messages_and_a_topic_that_nobody_sent_them_on_is_a_problem():
     refused = replace(BELT, topic="vehicle/camera/cabin")
-    assert judged([BELT, refused], [seen(BELT.payload, subject=BELT.topic)]).problems == []
-    assert "permitted for [] only" in judged([BELT, refused], [seen(BELT.payload, subject=refused.topic)]).problems[0]
-    assert "nobody sent" in judged([BELT], [seen(BELT.payload, subject="vehicle/telemetry/door")]).problems[0]
+    assert judged([BELT, refused], [seen(ON, subject=BELT.topic)]).problems == []
+    assert "permitted for [] only" in judged([BELT, refused], [seen(ON, subject=refused.topic)]).problems[0]
+    assert "nobody sent" in judged([BELT], [seen(ON, subject="vehicle/telemetry/door")]).problems[0]
 
 
 def test_same_picture_in_two_countries_is_told_apart_by_the_time(street):
@@ -242,7 +258,7 @@ LEFT = {
 
 def with_fields(pack, *delivered):
     """Problems of a message FULL under RULES that was delivered as these."""
-    sent = replace(at(BELT, 42.5), payload=pack(FULL))
+    sent = replace(at(BELT, 42.5), payload=SPOOL.keep(pack(FULL)))
     records = [seen(pack(one), number=number, subject=BELT.topic, time=told(0)) for number, one in enumerate(delivered)]
     return Judge([sent], permitted, lambda _topic: Fields.of(RULES)).judge(records).problems
 
@@ -270,7 +286,7 @@ def test_document_passes_as_the_field_rules_leave_it_and_not_with_anything_that_
 
 
 def test_value_behind_a_second_key_of_the_same_name_is_seen():
-    sent = replace(BELT, payload=b'{"vin":"LSV1"}')
+    sent = replace(BELT, payload=SPOOL.keep(b'{"vin":"LSV1"}'))
     twice = b'{"vin":"LSV1","vin":"0123456789abcdef0123456789abcdef"}'
     assert Judge([sent], permitted, lambda _topic: Fields.of(RULES)).judge([seen(twice, subject=BELT.topic)]).problems
 
@@ -281,7 +297,7 @@ def test_record_whose_time_a_rule_made_coarse_may_be_any_message_of_that_step():
             at(replace(BELT, country=country), second) for country, second in zip(("CN", "HK"), seconds, strict=True)
         ]
         fields = Fields.of({"times": [{"place": "/ts", "seconds": 60}]})
-        record = seen(BELT.payload, "hk", subject=BELT.topic, time=told(60))
+        record = seen(ON, "hk", subject=BELT.topic, time=told(60))
         return Judge(sent, permitted, lambda _topic: fields).judge([record]).problems
 
     assert problems(30, 90) == []
@@ -315,22 +331,22 @@ def webp(pixels):
 
 @pytest.mark.parametrize("form", [turned, png, webp, in_json, in_data_url, in_msgpack])
 def test_every_form_of_a_picture_passes_masked_and_is_caught_unredacted(street, form):
-    pixels = decode(street[0].payload)
-    sent = replace(street[0], payload=form(pixels))
+    pixels = decode(street[0].payload.read())
+    sent = replace(street[0], payload=SPOOL.keep(form(pixels)))
 
     def problems(data, **attributes):
         return judged([sent], [seen(data, subject=FRONT, **attributes)]).problems
 
     assert problems(form(decode(masked(street[0])))) == []
-    assert any("unredacted" in one for one in problems(sent.payload))
-    assert any("none of" in one for one in problems(sent.payload, redaction="none"))
+    assert any("unredacted" in one for one in problems(sent.payload.read()))
+    assert any("none of" in one for one in problems(sent.payload.read(), redaction="none"))
     assert any("none of" in one for one in problems(form(decode(jpeg(pixels)))))
     assert any("does not say" in one for one in problems(form(decode(masked(street[0]))), redaction=""))
     assert any("nobody sent" in one for one in problems(as_json({"ts": 1.0, "img": "", "n": 1})))
 
 
 def test_picture_in_a_form_that_the_judge_cannot_read_is_no_pass(street):
-    hexed = replace(street[0], payload=as_json({"img": street[0].payload.hex()}))
+    hexed = replace(street[0], payload=SPOOL.keep(as_json({"img": street[0].payload.read().hex()})))
     record = seen(as_json({"img": masked(street[0]).hex()}), subject=FRONT)
     assert "cannot be read" in judged([hexed], [record]).problems[0]
 
@@ -351,13 +367,13 @@ def test_picture_in_a_form_that_the_judge_cannot_read_is_no_pass(street):
     ids=range(6),
 )
 def test_no_payload_ends_the_judge_with_an_error(payload, rules):
-    sent = replace(BELT, payload=payload)
+    sent = replace(BELT, payload=SPOOL.keep(payload))
     Judge([sent], permitted, lambda _topic: Fields.of(rules)).judge([seen(payload, subject=BELT.topic)])
 
 
 def test_very_many_equal_messages_are_told_apart_in_little_time():
     sent = [at(BELT, second) for second in range(20_000)]
-    records = [seen(BELT.payload, number=second, subject=BELT.topic, time=told(second)) for second in range(20_000)]
+    records = [seen(ON, number=second, subject=BELT.topic, time=told(second)) for second in range(20_000)]
     begun = time.process_time()
     verdict = judged(sent, records)
     assert [one.sent for one in verdict.deliveries] == list(range(20_000))
@@ -427,6 +443,17 @@ def test_counters_that_do_not_add_up_are_problems(changes, problem):
     assert judge_counts(counts(), sent=11, delivered=7)
 
 
+class BadDisk(io.BytesIO):
+    def read(self, _size=-1):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_record_that_the_disk_does_not_give_back_is_an_error_and_no_problem_of_the_run():
+    record = replace(seen(ON), payload=Spool(BadDisk()).keep(ON))
+    with pytest.raises(SpoolError, match="Input/output error"):
+        judged([BELT], [record])
+
+
 def test_claims_are_read_and_nonsense_is_an_error():
     assert claimed("none") == {}
     assert claimed("face=1,person=3") == {"face": 1, "person": 3}
@@ -437,7 +464,7 @@ def test_claims_are_read_and_nonsense_is_an_error():
 @pytest.mark.parametrize("payload", [b"", b"\xc1", msgpack.packb([1]), msgpack.packb({"payload": b""}), b"\x00"])
 def test_envelope_of_another_shape_is_a_testimony_error(payload):
     with pytest.raises(WitnessError):
-        opened(Seen(broker="cn", topic="t", payload=payload, time_ns=0))
+        opened(Seen(broker="cn", topic="t", payload=SPOOL.keep(payload), time_ns=0))
 
 
 def test_batch_is_taken_apart_by_its_content_type_or_where_that_is_lost_by_its_bytes():
@@ -455,7 +482,7 @@ def test_batch_is_taken_apart_by_its_content_type_or_where_that_is_lost_by_its_b
 def test_record_in_binary_mode_has_its_attributes_in_the_user_properties():
     properties = (("specversion", "1.0"), ("id", "1"), ("dataregion", "cn"))
     found = opened(Seen(broker="cn", topic="t", payload=SPEED.payload, time_ns=0, properties=properties))
-    assert found.data == SPEED.payload
+    assert found.data == SPEED.payload.read()
     assert found.attributes["dataregion"] == "cn"
 
 
@@ -467,6 +494,15 @@ def test_constant_area_counts_as_covered_and_noise_does_not():
     assert not covered(noise, noise, (25, 25, 75, 75))
     assert covered(black, black, (25, 25, 75, 75)) is None
     assert constant_share(black, (0, 20, 100, 80)) == pytest.approx(0.6, abs=0.01)
+
+
+def test_all_pictures_that_look_the_same_are_found_however_many_they_are():
+    shown = Shown()
+    assert shown.like(png(GREY)) == []
+    for index in range(3 * LIKELY):
+        shown.add(index, png(GREY + np.uint8(index % 2 * 50)))
+    shown.add(1000, b"no picture")
+    assert shown.like(jpeg(GREY)) == list(range(0, 3 * LIKELY, 2))
 
 
 def test_every_crop_is_told_from_every_other_one():

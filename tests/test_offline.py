@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from tools.recording import Properties, Recorded, RecordingWriter, messages
 from tools.run_file import keep, load
 from tools.scene import agent_values, policy_values
 from tools.schedule import Options
-from tools.trial import Setting, TrialError
+from tools.trial import Setting, TrialError, prepared
 from tools.verification import judged
 
+NOTHING = Expectations()
 START = 1_790_000_000 * 10**9
 SECOND = 10**9
+PICTURES = 40  # of 750 kB each
 SHENZHEN = {"lat": 22.60, "lon": 114.05, "acc": 5.0}
 MODEL = Path(__file__).parents[1] / "models" / "detector.json"
 
@@ -55,8 +58,16 @@ def setting(tmp_path, drive, *, policy=None, **agent):
     )
 
 
-async def run(given):
-    return await judged(given, Expectations(), offline.conduct)
+async def run(given, expected=NOTHING):
+    with prepared(given.folder) as spool:
+        return await judged(given, expected, offline.conduct, spool)
+
+
+async def run_and_keep(given):
+    with prepared(given.folder) as spool:
+        done = await judged(given, NOTHING, offline.conduct, spool)
+        keep(given.folder, given, done.sent, done.trial, done.verdict)
+    return load(given.folder)
 
 
 def counts(done):
@@ -195,9 +206,7 @@ async def test_gap_in_the_positions_and_a_place_in_words_are_no_part_of_the_trac
     gaps += [{"lat": 1e308, "lon": 114.05}, {"lat": 22.6, "lon": 429.5}]
     drive = [*fixes(0, 1), *(at(2, "vehicle/gnss", **gap) for gap in gaps), *fixes(3)]
     given = setting(tmp_path, drive)
-    done = await run(given)
-    keep(given.folder, given, done.sent, done.trial, done.verdict)
-    assert [second for second, _, _ in load(given.folder).track] == [0, 1, 3]
+    assert [second for second, _, _ in (await run_and_keep(given)).track] == [0, 1, 3]
 
 
 async def test_text_of_a_result_which_asyncio_writes_holds_no_payloads(tmp_path):
@@ -207,6 +216,31 @@ async def test_text_of_a_result_which_asyncio_writes_holds_no_payloads(tmp_path)
     assert len(done.verdict.pictures) == 3
     assert len(repr(done)) < 5_000
     assert "x00" not in repr(done)
+
+
+async def test_memory_of_a_run_does_not_grow_with_its_payloads(tmp_path, monkeypatch):
+    """Noisy pictures that are held at first, then delivered and judged."""
+    random = np.random.default_rng(1)
+    noise = [random.integers(0, 255, (500, 500, 3), dtype=np.uint8) for _ in range(2 * PICTURES)]
+
+    async def another(_self, _payload, _content_type=None):
+        data = saved(noise.pop(), "PNG", compress_level=0)
+        return RedactedPayload(payload=data, counts={"person": 1}, pictures=1, model_digest="0" * 64)
+
+    drive = [
+        at(number / 10, "vehicle/camera/front", payload=saved(noise.pop(), "PNG", compress_level=0))
+        for number in range(PICTURES)
+    ]
+    monkeypatch.setattr(offline.InProcess, "redact", another)
+    given = setting(tmp_path, [*drive, *fixes(10, 11, 12)])
+    size = sum(len(one.payload) for one in drive)
+    del drive
+    tracemalloc.start()
+    kept = await run_and_keep(given)
+    _now, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(kept.pictures) == PICTURES
+    assert peak < size / 2, "three times the pictures, were they all kept"
 
 
 async def test_recording_in_which_nothing_is_judged_does_not_pass(tmp_path):
@@ -227,7 +261,7 @@ async def test_ground_truth_that_is_none_is_named(tmp_path, truth):
 async def test_stretch_counts_from_the_first_receipt_and_holds_what_was_captured_before(tmp_path):
     old = replace(at(-86_400), receipt_ns=START)
     expected = Expectations(stretch=(Stretch(country="CN", to_s=2), Stretch(country="HK", from_s=2)))
-    done = await judged(setting(tmp_path, [old, at(1), at(3)]), expected, offline.conduct)
+    done = await run(setting(tmp_path, [old, at(1), at(3)]), expected)
     assert [one.country for one in done.sent] == ["CN", "CN", "HK"]
 
 
@@ -235,9 +269,7 @@ async def test_message_of_another_time_stands_in_the_report_where_it_was_receive
     retained = replace(at(-86_400), receipt_ns=START)
     unset = replace(at(2, "vehicle/telemetry/battery"), capture_ns=5 * SECOND)
     given = setting(tmp_path, [retained, *fixes(1), unset, replace(at(3), capture_ns=START + 2 * SECOND)])
-    done = await run(given)
-    keep(given.folder, given, done.sent, done.trial, done.verdict)
-    assert [one.second for one in load(given.folder).events] == [0, 1, 2, 2]
+    assert [one.second for one in (await run_and_keep(given)).events] == [0, 1, 2, 2]
 
 
 async def test_folder_of_an_earlier_run_is_not_used_again(tmp_path):

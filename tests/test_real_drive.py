@@ -13,7 +13,7 @@ from tools.judge import STATES, Judge, Sent, judge_counts
 from tools.recording import contents, messages
 from tools.scene import agent_values
 from tools.schedule import Options
-from tools.trial import Setting, conduct
+from tools.trial import Setting, conduct, prepared
 
 ROOT = Path(__file__).parents[1]
 DRIVES = ROOT.parent / "shared" / "data" / "drives"
@@ -99,12 +99,13 @@ async def test_real_drive_reaches_only_its_own_region_and_its_pictures_arrive_re
         broker="mosquitto",
     )
     sent = []
+    with prepared(setting.folder) as spool:
 
-    def note(message, _original):
-        sent.append(Sent(topic=message.topic, payload=message.payload, country="DK"))
+        def note(message, _original):
+            sent.append(Sent(topic=message.topic, payload=spool.keep(message.payload), country="DK"))
 
-    trial = await conduct(setting, note)
-    verdict = Judge(sent, permitted).judge(trial.seen)
+        trial = await conduct(setting, note, spool)
+        verdict = Judge(sent, permitted).judge(trial.seen)
     counts = trial.status["counts"]
     assert verdict.problems == []
     assert judge_counts(counts, sent=len(sent), delivered=sum(verdict.arrived.values())) == []

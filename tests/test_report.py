@@ -18,7 +18,11 @@ from tools.report import page
 from tools.run_file import FORMAT, PICTURES, Event, RunFile, load, save
 from tools.run_file import _events as events_of
 from tools.run_file import _pictures as pictures_of
+from tools.spool import Spool
+from tools.witness import Seen
 
+SPOOL = Spool(io.BytesIO())
+BINARY = (("specversion", "1.0"),)
 SECOND = 1_000_000_000
 STATES = {"delivered": 3, "pending": 0, "held": 1, "refused": 1, "expired": 0, "evicted": 0}
 HOSTILE = 'vehicle/<script>alert(1)</script>/"quoted"&x'
@@ -35,7 +39,7 @@ def folder(tmp_path):
     """A run of five messages: three arrived, one of them a picture, and a topic is written to break the page."""
     street = Sent(
         topic="vehicle/camera/front",
-        payload=picture(200),
+        payload=SPOOL.keep(picture(200)),
         country="CN",
         objects=(("person", 5, 5, 20, 30), ("plate", 30, 20, 40, 25)),
         recorded_ns=2 * SECOND,
@@ -44,7 +48,11 @@ def folder(tmp_path):
     topics = ["vehicle/telemetry/speed", "vehicle/telemetry/speed", HOSTILE, "vehicle/gnss"]
     sent = [
         Sent(
-            topic=topic, payload=b"%d" % number, country="CN", recorded_ns=number * SECOND, captured_ns=number * SECOND
+            topic=topic,
+            payload=SPOOL.keep(b"%d" % number),
+            country="CN",
+            recorded_ns=number * SECOND,
+            captured_ns=number * SECOND,
         )
         for number, topic in enumerate(topics)
     ]
@@ -58,10 +66,10 @@ def folder(tmp_path):
         ],
         pictures=[
             Redacted(
-                broker="cn",
                 sent=street,
-                original=street.payload,
-                data=picture(10),
+                seen=Seen(broker="cn", topic="t", payload=SPOOL.keep(picture(10)), time_ns=0, properties=BINARY),
+                fields=None,
+                number=0,
                 width=64,
                 height=36,
                 claimed={"person": 1},

@@ -1,5 +1,6 @@
 """A trial keeps of an endpoint what its stand-in can do, and its witnesses see every record by itself."""
 
+import io
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import stream
 from agent.settings.config import load_policy
 from tools.demo import BUNDLED
 from tools.scene import agent_values, policy_values
+from tools.spool import Spool
 from tools.trial import POLICY_FILE, Setting, configure
 from tools.witness import Witness, opened
 
@@ -30,7 +32,7 @@ def test_witness_sees_each_record_of_a_batch(content_type):
     records = [stream.outgoing(stream.record(number), stream.data_of(number)) for number in range(4)]
     sent = stream.batched(records)
     properties = SimpleNamespace(ContentType=sent.content_type) if content_type else None
-    found = Witness("cn")
+    found = Witness("cn", Spool(io.BytesIO()))
     found.on_message(None, None, SimpleNamespace(topic=sent.topic, payload=sent.payload, properties=properties))
     found.on_message(None, None, SimpleNamespace(topic=sent.topic, payload=records[0].payload, properties=None))
     assert [opened(one).attributes["sequence"][-1] for one in found.records] == ["0", "1", "2", "3", "0"]

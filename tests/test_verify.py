@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,12 @@ from tools.importing.truth import Crossing, Truth
 from tools.judge import Delivery, Sent, Verdict
 from tools.run_file import load
 from tools.scene import PERMITS, REGION_OF_COUNTRY, agent_values, permitted, policy_values
+from tools.spool import Spool
 from tools.toml_text import toml_text
 from tools.verify import _agent, _print, junit
 
 ROOT = Path(__file__).parents[1]
+SPOOL = Spool(io.BytesIO())
 TOPICS = ("vehicle/camera/front", "vehicle/camera/cabin", "vehicle/gnss", "vehicle/telemetry/speed", "other")
 
 
@@ -30,7 +33,7 @@ def expectations(tmp_path, text):
 
 def run(*arrivals, **verdict):
     """A sent message for each arrival (topic, broker or None, latency in ms)."""
-    sent = [Sent(topic=topic, payload=b"", country="CN") for topic, _, _ in arrivals]
+    sent = [Sent(topic=topic, payload=SPOOL.keep(b""), country="CN") for topic, _, _ in arrivals]
     deliveries = [
         Delivery(sent=index, broker=broker, time_ns=late * 1_000_000, tag="")
         for index, (_, broker, late) in enumerate(arrivals)

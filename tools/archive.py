@@ -33,7 +33,7 @@ from tools.expectations import Expectations
 from tools.progress import progress
 from tools.recording import contents
 from tools.run_file import policy_digest
-from tools.trial import Setting
+from tools.trial import Setting, prepared
 from tools.verification import judged
 
 AHEAD = 3  # recordings given out per worker thread: none waits for us, and cancelling forgets few
@@ -113,9 +113,9 @@ def examine(recording: Path, name: str, job: Job, standing: frozenset[str]) -> R
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         if sha256 in standing:
             return sha256
-        with tempfile.TemporaryDirectory(dir=_scratch()) as folder:
-            setting = replace(job.setting, recording=recording, folder=Path(folder) / "run", quiet=True)
-            done = asyncio.run(judged(setting, job.expected, offline.conduct))
+        with tempfile.TemporaryDirectory(dir=_scratch()) as scratch, prepared(Path(scratch) / "run") as spool:
+            setting = replace(job.setting, recording=recording, folder=Path(scratch) / "run", quiet=True)
+            done = asyncio.run(judged(setting, job.expected, offline.conduct, spool))
         return result_of(name, sha256, job.facts, contents(recording), done)
     except Exception as exc:  # noqa: BLE001 - one recording must not stop the others, and its row says why
         return broken(name, sha256, job.facts, f"{type(exc).__name__}: {exc}", time.monotonic() - begun)

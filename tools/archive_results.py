@@ -114,7 +114,7 @@ def result_of(name: str, sha256: str, facts: Facts, found: Contents, done: Verif
         complete=found.complete,
         composite=found.composite,
         messages=len(sent),
-        payload_bytes=sum(len(one.payload) for one in sent),
+        payload_bytes=sum(one.payload.length for one in sent),
         pictures=len(verdict.pictures),
         states={name: value for name, value in counts.items() if type(value) is int and not name.endswith("_bytes")},
         arrived=dict(Counter(one.broker for one in verdict.deliveries)),

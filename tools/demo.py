@@ -26,7 +26,8 @@ from tools.recording import Recorded, contents
 from tools.run_file import keep
 from tools.scene import MAX_SPEED_MPS, PERMITS, agent_values, permitted, policy_values
 from tools.schedule import Options
-from tools.trial import BROKERS, Setting, Trial, TrialError, conduct
+from tools.spool import Spool
+from tools.trial import BROKERS, Setting, Trial, TrialError, conduct, prepared
 
 BUNDLED = Path(__file__).parent / "drives" / "shenzhen-hong-kong.mcap"
 MAX_SPEEDUP = 20.0  # the agent's configuration takes no car for faster than 1000 m/s
@@ -38,6 +39,7 @@ class SentLog:
     """What was sent, with the recording's truth about it."""
 
     truth: Truth
+    spool: Spool
     sent: list[Sent] = field(default_factory=list)
     objects: dict[tuple[str, int], Labelled] = field(init=False)
 
@@ -45,14 +47,14 @@ class SentLog:
         self.objects = {(one.topic, one.capture_ns): one for one in self.truth.pictures}
 
     def note(self, message: Recorded, original: Recorded) -> None:
-        """Keep one message as it was sent; `original` is how it was recorded."""
+        """Keep one message as it was sent; `original` is how it was recorded. Raises SpoolError."""
         labelled = self.objects.get((original.topic, original.capture_ns))
         country = self.truth.country_at(original.capture_ns)
         objects = labelled.objects if labelled else ()
         self.sent.append(
             Sent(
                 topic=message.topic,
-                payload=message.payload,
+                payload=self.spool.keep(message.payload),
                 country=country,
                 objects=objects,
                 recorded_ns=original.moment_ns,
@@ -96,11 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(quiet=arguments.json)
     try:
         _announce(console, setting, arguments.speed)
-        sent, trial, verdict = asyncio.run(demonstrate(setting))
+        with prepared(setting.folder) as spool:
+            sent, trial, verdict = asyncio.run(demonstrate(setting, spool))
+            keep(setting.folder, setting, sent, trial, verdict)
     except (AgentError, OSError) as exc:
         print(f"demo: {exc}", file=sys.stderr)
         return TROUBLE_STATUS
-    keep(folder, setting, sent, trial, verdict)
     show(console, verdict, trial.status["counts"], trial.outcome)
     line = f"{trial.seconds:.0f} s in all. Files: {escape(str(folder))} (`residency-tools report` makes a page of them)"
     console.print(line, soft_wrap=True)
@@ -109,14 +112,17 @@ def run(arguments: argparse.Namespace) -> int:
     return FAILED_STATUS if verdict.problems else 0
 
 
-async def demonstrate(setting: Setting) -> tuple[list[Sent], Trial, Verdict]:
-    """Conduct the trial and judge it; raises AgentError where the trial itself fails. Safe to cancel."""
+async def demonstrate(setting: Setting, spool: Spool) -> tuple[list[Sent], Trial, Verdict]:
+    """Conduct the trial and judge it; raises AgentError where the trial itself fails.
+
+    The payloads stay in the spool. Safe to cancel.
+    """
     attached = contents(setting.recording).attachments.get(ATTACHMENT)
     if attached is None:
         message = f"{setting.recording}: no ground truth in it; `residency-tools verify` takes any recording"
         raise TrialError(message)
-    log = SentLog(truth=Truth.decode(attached))
-    trial = await conduct(setting, log.note)
+    log = SentLog(truth=Truth.decode(attached), spool=spool)
+    trial = await conduct(setting, log.note, spool)
     return log.sent, trial, await asyncio.to_thread(_judge, log.sent, trial)
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from agent.errors import AgentError
 from tools.importing import bundled, comma, frames, gpx, jsonl, mdf, nmea
-from tools.importing.join import Drive, joined
+from tools.importing.join import Drive, Waiting, joined
 from tools.importing.rows import BadRowError, Complain, SourceError, strict
 from tools.progress import Advance, progress
 from tools.recording import PROVENANCE, Recorded, RecordingWriter
+from tools.spool import Spool, spool_in
 from tools.whole_files import whole
 
 USAGE_STATUS, TROUBLE_STATUS = 2, 3
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def import_drives(kinds: list[str], arguments: argparse.Namespace) -> Summary:
-    """Read the sources of every kind and write the recording; raises SourceError, OSError."""
+    """Read the sources of every kind and write the recording; raises SourceError, SpoolError, OSError."""
     skipped: list[BadRowError] = []
 
     def report(error: BadRowError) -> None:
@@ -87,23 +88,29 @@ def import_drives(kinds: list[str], arguments: argparse.Namespace) -> Summary:
         print(f"import: skipped: {error}", file=sys.stderr)
 
     complain = report if arguments.skip_bad else strict
-    drives = [_drive(kind, arguments, complain) for kind in kinds]
     start_ns = None if arguments.start is None else round(arguments.start.timestamp() * 1_000_000) * 1000
-    found, provenance = joined(drives, align=not arguments.keep_times, start_ns=start_ns)
-    with whole(arguments.out) as stream, RecordingWriter(stream) as writer:
-        writer.metadata(PROVENANCE, provenance)
-        with progress("writing", len(found), quiet=arguments.quiet) as advance:
-            for number, message in enumerate(found, start=1):
-                writer.write(message)
-                advance(number, message.topic)
+    with spool_in(arguments.out.parent) as spool:
+        drives = [_drive(kind, arguments, complain, spool) for kind in kinds]
+        found, provenance = joined(drives, align=not arguments.keep_times, start_ns=start_ns)
+        _write(arguments, found, provenance)
     return Summary(count=len(found), provenance=provenance, skipped=len(skipped))
 
 
-def _drive(kind: str, arguments: argparse.Namespace, complain: Complain) -> Drive:
+def _write(arguments: argparse.Namespace, found: list[Waiting], provenance: dict[str, str]) -> None:
+    with whole(arguments.out) as stream, RecordingWriter(stream) as writer:
+        writer.metadata(PROVENANCE, provenance)
+        with progress("writing", len(found), quiet=arguments.quiet) as advance:
+            for number, one in enumerate(found, start=1):
+                writer.write(one.read())
+                advance(number, one.topic)
+
+
+def _drive(kind: str, arguments: argparse.Namespace, complain: Complain, spool: Spool) -> Drive:
     reader = READERS[kind][0] if kind != "mdf" else partial(_mdf, arguments.dbc)
     paths: list[Path] = getattr(arguments, kind)
     with progress("reading", None, quiet=arguments.quiet) as advance:
-        found = tuple(_counted((message for path in paths for message in reader(path, complain)), advance))
+        read = _counted((message for path in paths for message in reader(path, complain)), advance)
+        found = tuple(Waiting.of(message, spool) for message in read)
     if not found:
         message = f"{', '.join(str(path) for path in paths)}: no messages in it"
         raise SourceError(message)

@@ -7,19 +7,16 @@ help to tell equal messages apart; where that does not single one out, all that 
 
 from __future__ import annotations
 
-import contextlib
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tools import pixels
 from tools.leaves import Fields, common, digest, leaves, pictures
 from tools.schemas import NANOSECONDS
+from tools.spool import Spooled
 from tools.stamps import read_rfc3339
 from tools.witness import Opened, Seen, WitnessError, opened
 
@@ -47,7 +44,7 @@ class Sent:
     """
 
     topic: str
-    payload: bytes
+    payload: Spooled
     country: str
     objects: tuple[tuple[str, int, int, int, int], ...] = ()
     recorded_ns: int = 0
@@ -68,17 +65,23 @@ class Delivery:
 class Redacted:
     """One delivered picture beside the one that was sent; `hits` are labelled objects found covered or not.
 
-    `original` is the payload that was sent, or the picture in it. What the record claims stands with its first picture.
+    `number` counts the pictures of the payload that may leave, from 0. What the record claims stands with the first.
     """
 
-    broker: str
     sent: Sent
-    original: bytes
-    data: bytes
+    seen: Seen
+    fields: Fields | None
+    number: int
     width: int
     height: int
     claimed: Mapping[str, int]
     hits: tuple[tuple[str, bool], ...]
+
+    def read(self) -> tuple[bytes, bytes]:
+        """The picture as it was sent and as it arrived; raises SpoolError."""
+        both = (self.sent.payload.read(), opened(self.seen).data)
+        before, after = (pictures(payload, self.fields)[self.number] for payload in both)
+        return before, after
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,11 +122,14 @@ class Judge:
         self._fields = fields
         self._matched: set[int] = set()
         self._alike: dict[tuple[str, bytes], list[int]] = {}
+        self._shown: dict[str, pixels.Shown] = {}
         for index, one in enumerate(sent):
-            self._alike.setdefault((one.topic, common(one.payload, fields(one.topic))), []).append(index)
+            payload = one.payload.read()
+            self._alike.setdefault((one.topic, common(payload, fields(one.topic))), []).append(index)
+            if pixels.picture_format(payload):
+                self._shown.setdefault(one.topic, pixels.Shown()).add(index, payload)
         for alike in self._alike.values():
             alike.sort(key=self._captured_ns)
-        self._shown = _thumbnails(sent)
 
     def judge(self, seen: Iterable[Seen]) -> Verdict:
         """Look at every publication once; the counters are judged by `judge_counts`."""
@@ -162,7 +168,7 @@ class Judge:
             verdict.problems.append(
                 f"{one.broker}: {sent.topic}: holds what the policy's field rules take out or change"
             )
-        self._inspect(one.broker, sent, record, verdict)
+        self._inspect(one, sent, record, verdict)
 
     def _placed(self, broker: str, candidates: Sequence[int], verdict: Verdict) -> int:
         """Which of the messages that a record may be it is: the first that does not permit the broker, if one is."""
@@ -208,20 +214,15 @@ class Judge:
 
     def _looking_alike(self, topic: str, data: bytes) -> list[int]:
         """The sent picture of a topic that looks most like this one, and those that look the same as that."""
-        if topic not in self._shown:
-            return []
-        indexes, thumbnails = self._shown[topic]
-        best = thumbnails[pixels.nearest(pixels.thumbnail(data), thumbnails)]
-        alike = [indexes[place] for place in np.flatnonzero((thumbnails == best).all(axis=(1, 2)))]
-        return sorted(alike, key=self._captured_ns)
+        return sorted(self._shown.get(topic, pixels.Shown()).like(data), key=self._captured_ns)
 
-    def _inspect(self, broker: str, sent: Sent, record: Opened, verdict: Verdict) -> None:
-        fields = self._fields(sent.topic)
+    def _inspect(self, seen: Seen, sent: Sent, record: Opened, verdict: Verdict) -> None:
+        broker, fields = seen.broker, self._fields(sent.topic)
         delivered = pictures(record.data, fields)
         if not delivered:
             return
         masked = claimed(record.attributes.get("redaction", ""))
-        pairs = list(zip(pictures(sent.payload, fields), delivered, strict=True))
+        pairs = list(zip(pictures(sent.payload.read(), fields), delivered, strict=True))
         bare = masked and all(digest(original) == digest(data) for original, data in pairs)
         if bare or not all(map(pixels.hides_nothing, delivered)):  # where nothing was, the bytes that came may leave
             verdict.problems.append(f"{broker}: {sent.topic}: the picture, or something hidden in it, is unredacted")
@@ -234,29 +235,16 @@ class Judge:
             told = [(label, pixels.covered(before, after, (x1, y1, x2, y2))) for label, x1, y1, x2, y2 in labelled]
             verdict.pictures.append(
                 Redacted(
-                    broker=broker,
                     sent=sent,
-                    original=original,
-                    data=data,
+                    seen=seen,
+                    fields=fields,
+                    number=number,
                     width=after.shape[1],
                     height=after.shape[0],
                     claimed={} if number else masked,
                     hits=tuple((label, hit) for label, hit in told if hit is not None),
                 )
             )
-
-
-def _thumbnails(sent: Sequence[Sent]) -> dict[str, tuple[list[int], NDArray[np.int16]]]:
-    """By topic, the sent pictures that can be decoded, and their indexes; others can only arrive by mistake."""
-    found: dict[str, list[tuple[int, NDArray[np.int16]]]] = {}
-    for index, one in enumerate(sent):
-        if pixels.picture_format(one.payload):
-            with contextlib.suppress(*pixels.UNREADABLE):
-                found.setdefault(one.topic, []).append((index, pixels.thumbnail(one.payload)))
-    return {
-        topic: ([index for index, _ in shown], np.array([small for _, small in shown]))
-        for topic, shown in found.items()
-    }
 
 
 def claimed(summary: str) -> dict[str, int]:
@@ -288,7 +276,9 @@ def judge_counts(counts: Mapping[str, Any], *, sent: int, delivered: int) -> lis
 def _recall_problems(verdict: Verdict) -> list[str]:
     """A picture in which none of its labelled objects is covered, and a run in which few are, are not redacted."""
     bare = [one for one in verdict.pictures if one.hits and not any(hit for _, hit in one.hits)]
-    problems = [f"{one.broker}: {one.sent.topic}: none of {len(one.hits)} labelled objects is covered" for one in bare]
+    problems = [
+        f"{one.seen.broker}: {one.sent.topic}: none of {len(one.hits)} labelled objects is covered" for one in bare
+    ]
     hits, total = (sum(column) for column in zip((0, 0), *verdict.recall().values(), strict=True))
     if hits < REQUIRED_SHARE * total:
         problems.append(f"only {hits} of {total} labelled objects are covered in the delivered pictures")

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
+from msgspec import structs
+
 from agent import assembly, status, wiring
 from agent.assembly import Setup
 from agent.errors import ModelError, RefusedError
@@ -33,7 +35,8 @@ from tools.progress import progress
 from tools.recording import Recorded, messages
 from tools.schedule import due
 from tools.schemas import NANOSECONDS
-from tools.trial import Sending, Setting, Trial, configure, new_folder
+from tools.spool import Spool, Spooled
+from tools.trial import Sending, Setting, Trial, configure
 from tools.witness import Seen
 
 NOWHERE = {"host": "127.0.0.1", "port": 1, "protocol": "5"}  # what stands in the configuration; nobody connects
@@ -42,11 +45,11 @@ PAUSE_NS = round(PAUSE_SECONDS * NANOSECONDS)
 BOOT_NS = NANOSECONDS * 86_400  # the car's monotonic clock at the first message
 
 
-async def conduct(setting: Setting, on_sent: Sending) -> Trial:
+async def conduct(setting: Setting, on_sent: Sending, spool: Spool) -> Trial:
     """Take every message of the recording along the line; as `trial.conduct`, and as safe to cancel."""
     begun = time.monotonic()
-    new_folder(setting.folder)
-    car = _Car(assembly.load(configure(setting, NOWHERE, dict.fromkeys(setting.policy["endpoints"], NOWHERE))))
+    setup = assembly.load(configure(setting, NOWHERE, dict.fromkeys(setting.policy["endpoints"], NOWHERE)))
+    car = _Car(setup, spool)
     schedule = due(lambda: messages(setting.recording), replace(setting.options, speed=1.0))
     with progress("judging", None, quiet=setting.quiet) as advance:
         for number, one in enumerate(schedule, start=1):
@@ -102,15 +105,33 @@ class InProcess:
         return replace(done, model_digest=detector.digest)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """A held record; its envelope is in the spool, not in it."""
+
+    record: Record
+    envelope: Spooled
+
+    @property
+    def subject(self) -> tally.Subject:
+        """What the counters tell of it."""
+        return _subject(self.record, self.envelope.length)
+
+    def whole(self) -> Record:
+        """The record with its envelope; raises SpoolError."""
+        return structs.replace(self.record, envelope=self.envelope.read())
+
+
 @dataclass(slots=True)
 class _Car:
     """The agent of one drive: what it holds, what it has counted, what it has sent."""
 
     setup: Setup
+    spool: Spool
     redactor: InProcess = field(init=False)
     seen: list[Seen] = field(default_factory=list)
     cells: tally.Cells = field(default_factory=dict)
-    _held: list[Record] = field(default_factory=list)
+    _held: list[_Held] = field(default_factory=list)
     _line: Line = field(init=False)
     _fixes: Fixes = field(init=False)
     _now_ns: int = 0
@@ -148,8 +169,8 @@ class _Car:
         self._fixes.taken()
         self._looked_ns = self._monotonic_ns
         held, self._held = self._held, []
-        for record in held:
-            self._reconsider(record)
+        for one in held:
+            self._reconsider(one)
 
     def _message(self, recorded: Recorded) -> Message:
         """The wall clock is that of the receipt; the monotonic one stands still where it was set back."""
@@ -167,45 +188,48 @@ class _Car:
 
     def _stored(self, record: Record) -> None:
         if record.state is State.HELD:
-            self._held.append(record)
-            tally.step(self.cells, State.HELD, _subject(record))
+            held = _Held(record=structs.replace(record, envelope=b""), envelope=self.spool.keep(record.envelope))
+            self._held.append(held)
+            tally.step(self.cells, State.HELD, held.subject)
             self._fixes.look_again()
         else:
             self._send(record)
 
-    def _reconsider(self, record: Record) -> None:
-        pipeline = self._line.pipeline
+    def _reconsider(self, held: _Held) -> None:
+        pipeline, record = self._line.pipeline, held.record
         if record.expires_ns <= self._now_ns:
-            self._end(record, State.EXPIRED, {})
+            self._end(held, State.EXPIRED, {})
             return
         whereabouts = pipeline.narrowed(record)
         decision = pipeline.verdict(record, whereabouts) if whereabouts else Hold(reason="")
         if isinstance(decision, Hold) or whereabouts is None:
-            self._held.append(record)
+            self._held.append(held)
         elif isinstance(decision, Publish):
-            tally.step(self.cells, State.HELD, _subject(record), -1)
+            tally.step(self.cells, State.HELD, held.subject, -1)
             with self._line.numbering.next(whereabouts.regions) as number:
-                released = pipeline.release(record, whereabouts, decision.endpoints, number)
+                released = pipeline.release(held.whole(), whereabouts, decision.endpoints, number)
             self._send(released)
         else:
-            self._end(record, State.REFUSED, {tally.REASON: decision.reason})
+            self._end(held, State.REFUSED, {tally.REASON: decision.reason})
 
-    def _end(self, record: Record, state: State, marks: dict[str, str]) -> None:
-        tally.step(self.cells, State.HELD, _subject(record), -1)
-        tally.step(self.cells, state, _subject(record), marks=marks)
+    def _end(self, held: _Held, state: State, marks: dict[str, str]) -> None:
+        tally.step(self.cells, State.HELD, held.subject, -1)
+        tally.step(self.cells, state, held.subject, marks=marks)
 
     def _send(self, record: Record) -> None:
         """To the first endpoint for which the policy clears it at the last moment, as the uplink asks it."""
         policy, vehicle = self.setup.policy, self.setup.config.vehicle
+        subject = _subject(record, len(record.envelope))
         endpoint = next((one for one in record.route if policy.clear(record, one, vehicle.registration)), None)
         if endpoint is None:
-            tally.step(self.cells, State.REFUSED, _subject(record), marks={tally.REASON: "policy.withdrawn"})
+            tally.step(self.cells, State.REFUSED, subject, marks={tally.REASON: "policy.withdrawn"})
             return
         attributes = envelope.unpack(record.envelope).attributes
         topic = addressing.topic(policy.endpoints[endpoint].topic, attributes, vehicle.name)
-        self.seen.append(Seen(broker=endpoint, topic=topic, payload=record.envelope, time_ns=self._now_ns))
-        tally.step(self.cells, State.DELIVERED, _subject(record), marks={tally.ENDPOINT: endpoint})
+        payload = self.spool.keep(record.envelope)
+        self.seen.append(Seen(broker=endpoint, topic=topic, payload=payload, time_ns=self._now_ns))
+        tally.step(self.cells, State.DELIVERED, subject, marks={tally.ENDPOINT: endpoint})
 
 
-def _subject(record: Record) -> tally.Subject:
-    return tally.Subject(regions=",".join(record.regions), data_class=record.data_class, size=len(record.envelope))
+def _subject(record: Record, size: int) -> tally.Subject:
+    return tally.Subject(regions=",".join(record.regions), data_class=record.data_class, size=size)

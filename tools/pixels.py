@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import re
 import struct
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +16,7 @@ from PIL import Image, ImageOps
 from tools import schemas
 
 Pixels = NDArray[np.uint8]
+Grey = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 Part = tuple[bytes, bytes]  # what a part of a file is called in its format, and what is in it
 
@@ -45,14 +49,13 @@ def decode(data: bytes) -> Pixels:
         return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
 
 
-def thumbnail(data: bytes) -> NDArray[np.int16]:
+def thumbnail(data: bytes) -> Grey:
     """Shrink to grey levels of one size, upright, for `nearest`."""
     with Image.open(io.BytesIO(data)) as picture:
-        small = ImageOps.exif_transpose(picture).convert("L").resize(THUMBNAIL, Image.Resampling.BOX)
-    return np.asarray(small).astype(np.int16)
+        return np.asarray(ImageOps.exif_transpose(picture).convert("L").resize(THUMBNAIL, Image.Resampling.BOX))
 
 
-def nearest(wanted: NDArray[np.int16], candidates: NDArray[np.int16]) -> int:
+def nearest(wanted: Grey, candidates: Grey) -> int:
     """Index of the candidate that looks most alike; masks do not disturb it while they cover less than half.
 
     The lower part of the differences is compared: pixels under a mask are among the others. Of many candidates only
@@ -65,8 +68,34 @@ def nearest(wanted: NDArray[np.int16], candidates: NDArray[np.int16]) -> int:
     return int(likely[np.argmin(_difference(wanted, candidates[likely]))])
 
 
-def _difference(wanted: NDArray[np.int16], candidates: NDArray[np.int16]) -> NDArray[np.float64]:
-    apart = np.abs(candidates - wanted).reshape(len(candidates), -1)
+@dataclass(slots=True)
+class Shown:
+    """The sent pictures of a topic that can be decoded, as thumbnails; others can only arrive by mistake.
+
+    Those that look the same have one digest.
+    """
+
+    _grey: bytearray = field(default_factory=bytearray)
+    _same: dict[bytes, list[int]] = field(default_factory=dict)
+
+    def add(self, index: int, picture: bytes) -> None:
+        """Keep how a picture looks."""
+        with contextlib.suppress(*UNREADABLE):
+            small = thumbnail(picture).tobytes()
+            self._grey += small
+            self._same.setdefault(hashlib.sha256(small).digest(), []).append(index)
+
+    def like(self, picture: bytes) -> list[int]:
+        """The index of the picture that looks most like this one, and of those that look the same as that."""
+        if not self._same:
+            return []
+        thumbnails = np.frombuffer(self._grey, np.uint8).reshape(-1, *THUMBNAIL[::-1])
+        best = thumbnails[nearest(thumbnail(picture), thumbnails)]
+        return self._same[hashlib.sha256(best.tobytes()).digest()]
+
+
+def _difference(wanted: Grey, candidates: Grey) -> NDArray[np.float64]:
+    apart = np.abs(candidates - wanted.astype(np.int16)).reshape(len(candidates), -1)
     return np.asarray(np.quantile(apart, 0.4, axis=1) + apart.mean(axis=1) / 100, np.float64)
 
 

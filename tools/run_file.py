@@ -103,8 +103,9 @@ def save(folder: Path, run: RunFile, verdict: Verdict) -> None:
     pictures = folder / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
     for kept, picture in zip(run.pictures, verdict.pictures, strict=True):
-        (pictures / kept.before).write_bytes(picture.original)
-        (pictures / kept.after).write_bytes(picture.data)
+        before, after = picture.read()
+        (pictures / kept.before).write_bytes(before)
+        (pictures / kept.after).write_bytes(after)
     write_whole(folder / RUN_FILE, msgspec.json.encode(run))
 
 
@@ -163,10 +164,10 @@ def _track(recording: Path, sent: Sequence[Sent], start_ns: int) -> tuple[tuple[
 def _pictures(verdict: Verdict, start_ns: int) -> tuple[Picture, ...]:
     return tuple(
         Picture(
-            before=f"{number:03d}-{picture.broker}-before.jpg",
-            after=f"{number:03d}-{picture.broker}-after.jpg",
+            before=f"{number:03d}-{picture.seen.broker}-before.jpg",
+            after=f"{number:03d}-{picture.seen.broker}-after.jpg",
             second=round((picture.sent.recorded_ns - start_ns) / NANOSECONDS, 3),
-            broker=picture.broker,
+            broker=picture.seen.broker,
             width=picture.width,
             height=picture.height,
             claimed=dict(picture.claimed),

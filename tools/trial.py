@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tools.progress import Advance, progress
 from tools.recording import Recorded, messages
 from tools.replay import Outcome, Player
 from tools.schedule import NO_OPTIONS, Due, Options, due
+from tools.spool import Spool, spool_in
 from tools.toml_text import toml_text
 from tools.witness import Seen, Witness, witness
 
@@ -42,7 +43,7 @@ class TrialError(AgentError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is tried: both configuration files as values, the recording and how it is replayed."""
+    """What is tried: both configuration files as values, the recording and how it is replayed, a prepared folder."""
 
     agent: Mapping[str, Any]
     policy: Mapping[str, Any]
@@ -79,15 +80,15 @@ class Trial:
     seconds: float
 
 
-async def conduct(setting: Setting, on_sent: Sending) -> Trial:
-    """Set everything up, replay with fresh time stamps, wait until all is settled.
+async def conduct(setting: Setting, on_sent: Sending, spool: Spool) -> Trial:
+    """Set everything up, replay with fresh time stamps, wait until all is settled; what arrives is in the spool.
 
     `on_sent` gets each message as it was sent, and as it was recorded. Raises AgentError where something of the trial
     itself fails; safe to cancel.
     """
     begun = time.monotonic()
     counted = _Counted(on_sent)
-    async with stage(setting) as running:
+    async with stage(setting, spool) as running:
         outcome, _ = await asyncio.gather(_replay(setting, running, counted), _kill(setting, running.agent))
         status = await _settled(running.agent, counted.count)
         await running.agent.stop()
@@ -108,27 +109,31 @@ async def conduct(setting: Setting, on_sent: Sending) -> Trial:
 
 
 @asynccontextmanager
-async def stage(setting: Setting) -> AsyncIterator[Stage]:
+async def stage(setting: Setting, spool: Spool) -> AsyncIterator[Stage]:
     """Brokers, witnesses and a connected agent; raises AgentError where one of them does not start."""
-    folder = new_folder(setting.folder)
+    folder = setting.folder
     start = BROKERS[setting.broker]
     async with AsyncExitStack() as stack:
         car = await stack.enter_async_context(start(folder=folder / "brokers" / "car"))
         names = list(setting.policy["endpoints"])
         regional = {name: await stack.enter_async_context(start(folder=folder / "brokers" / name)) for name in names}
-        witnesses = {name: stack.enter_context(witness(name, address_of(broker))) for name, broker in regional.items()}
+        witnesses = {
+            name: stack.enter_context(witness(name, address_of(broker), spool)) for name, broker in regional.items()
+        }
         configure(setting, _place(car), {name: _place(broker) for name, broker in regional.items()})
         process = await stack.enter_async_context(agent(folder / AGENT_FILE, folder / LOG_FILE))
         yield Stage(car=address_of(car), witnesses=witnesses, agent=process)
 
 
-def new_folder(folder: Path) -> Path:
-    """Make the folder of a trial; raises TrialError where there is something in it."""
+@contextmanager
+def prepared(folder: Path) -> Iterator[Spool]:
+    """Make the folder of a trial, with a spool in it; raises TrialError where there is something in it, OSError."""
     if folder.is_dir() and any(folder.iterdir()):
         message = f"{folder}: wanted a new or an empty folder, so that no earlier run's state counts"
         raise TrialError(message)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    with spool_in(folder) as spool:
+        yield spool
 
 
 def address_of(broker: Broker) -> Address:

@@ -14,9 +14,10 @@ from tools.importing.truth import ATTACHMENT, Labelled, Truth
 from tools.judge import Judge, Sent, Verdict, judge_counts
 from tools.recording import Recorded, contents, messages
 from tools.schemas import NANOSECONDS
+from tools.spool import Spool
 from tools.trial import Sending, Setting, Trial, TrialError
 
-Conduct = Callable[[Setting, Sending], Awaitable[Trial]]
+Conduct = Callable[[Setting, Sending, Spool], Awaitable[Trial]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class TruthLog:
     expected: Expectations
     truth: Truth | None
     start_ns: int
+    spool: Spool
     sent: list[Sent] = field(default_factory=list)
     objects: dict[tuple[str, int], Labelled] = field(init=False)
 
@@ -37,13 +39,13 @@ class TruthLog:
         self.objects = {(one.topic, one.capture_ns): one for one in pictures}
 
     def note(self, message: Recorded, original: Recorded) -> None:
-        """Keep one message as it was sent; `original` is how it was recorded."""
+        """Keep one message as it was sent; `original` is how it was recorded. Raises SpoolError."""
         second = max(original.capture_ns - self.start_ns, 0) / NANOSECONDS
         labelled = self.objects.get((original.topic, original.capture_ns))
         self.sent.append(
             Sent(
                 topic=message.topic,
-                payload=message.payload,
+                payload=self.spool.keep(message.payload),
                 country=self.expected.country_at(second, self.truth, original.capture_ns),
                 objects=labelled.objects if labelled else (),
                 recorded_ns=original.moment_ns,
@@ -62,14 +64,14 @@ class Verification:
     checks: list[Check]
 
 
-async def judged(setting: Setting, expected: Expectations, conduct: Conduct) -> Verification:
+async def judged(setting: Setting, expected: Expectations, conduct: Conduct, spool: Spool) -> Verification:
     """Conduct the trial and judge it; raises AgentError where the trial itself fails, or nothing is in it.
 
-    Safe to cancel.
+    The payloads stay in the spool. Safe to cancel.
     """
     start_ns = next((one.receipt_ns for one in messages(setting.recording)), 0)
-    log = TruthLog(expected=expected, truth=_truth(setting.recording), start_ns=start_ns)
-    trial = await conduct(setting, log.note)
+    log = TruthLog(expected=expected, truth=_truth(setting.recording), start_ns=start_ns, spool=spool)
+    trial = await conduct(setting, log.note, spool)
     if not log.sent:
         message = f"{setting.recording}: no message in it, or none in the part that is judged"
         raise TrialError(message)

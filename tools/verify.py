@@ -35,7 +35,7 @@ from tools.expectations import Check, ExpectationError, Expectations, fields_of,
 from tools.run_file import keep
 from tools.scene import agent_values
 from tools.schedule import Options
-from tools.trial import BROKERS, Setting, conduct
+from tools.trial import BROKERS, Setting, conduct, prepared
 from tools.verification import judged
 from tools.whole_files import write_whole
 
@@ -93,8 +93,9 @@ def _one(arguments: argparse.Namespace, expected: Expectations) -> int:
     folder = (arguments.out or Path("runs") / time.strftime("verify-%Y%m%d-%H%M%S")).absolute()
     setting = _setting(arguments, folder)
     begun = time.monotonic()
-    done = asyncio.run(judged(setting, expected, offline.conduct if arguments.offline else conduct))
-    keep(folder, setting, done.sent, done.trial, done.verdict)
+    with prepared(folder) as spool:
+        done = asyncio.run(judged(setting, expected, offline.conduct if arguments.offline else conduct, spool))
+        keep(folder, setting, done.sent, done.trial, done.verdict)
     if arguments.junit:
         write_whole(arguments.junit, junit(arguments.recording.name, done.checks, time.monotonic() - begun))
     _print(done.checks, folder, as_json=arguments.json)

@@ -16,6 +16,7 @@ import zstandard
 
 from agent.errors import AgentError
 from tools.client import Address, connected, from_paho, new_client
+from tools.spool import Spool, Spooled
 
 ABOUT_THE_AGENT = "residency-agent/"  # the agent's own presence and status, not records
 BATCH = "application/vnd.residency-agent.batch+msgpack"  # the beginning of a batch's Content Type
@@ -33,7 +34,7 @@ class Seen:
 
     broker: str
     topic: str
-    payload: bytes
+    payload: Spooled
     time_ns: int
     properties: tuple[tuple[str, str], ...] = ()
 
@@ -49,25 +50,32 @@ class Opened:
 class Witness:
     """Collects everything that one broker receives; append-only, so other threads may read at any time."""
 
-    def __init__(self, broker: str) -> None:
+    def __init__(self, broker: str, spool: Spool) -> None:
         self.broker = broker
+        self._spool = spool
         self.records: list[Seen] = []
         self.others: list[Seen] = []
 
     def on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
-        """Keep one publication."""
+        """Keep one publication; raises SpoolError."""
         properties, now_ns = from_paho(message.properties), time.time_ns()
         kept = self.others if message.topic.startswith(ABOUT_THE_AGENT) else self.records
         kept += [
-            Seen(broker=self.broker, topic=message.topic, payload=payload, time_ns=now_ns, properties=properties.user)
+            Seen(
+                broker=self.broker,
+                topic=message.topic,
+                payload=self._spool.keep(payload),
+                time_ns=now_ns,
+                properties=properties.user,
+            )
             for payload in unbatched(bytes(message.payload), properties.content_type)
         ]
 
 
 @contextmanager
-def witness(broker: str, address: Address) -> Iterator[Witness]:
+def witness(broker: str, address: Address, spool: Spool) -> Iterator[Witness]:
     """Subscribe to everything on the broker; raises EndpointError."""
-    found = Witness(broker)
+    found = Witness(broker, spool)
     client = new_client(address, f"witness-{broker}-{os.getpid()}")
     client.on_message = found.on_message
     with connected(client, address, on_connected=lambda own: own.subscribe("#", qos=1)):
@@ -91,18 +99,19 @@ def unbatched(payload: bytes, content_type: str | None) -> list[bytes]:
 
 
 def opened(seen: Seen) -> Opened:
-    """Take a record apart: out of its msgpack envelope, else in CloudEvents binary mode; raises WitnessError.
+    """Take a record out of its msgpack envelope, else in CloudEvents binary mode; raises WitnessError, SpoolError.
 
     In binary mode the payload is the data, and the attributes are nowhere but in the user properties.
     """
+    payload = seen.payload.read()
     try:
-        outer: dict[str, Any] = msgpack.unpackb(seen.payload)
+        outer: dict[str, Any] = msgpack.unpackb(payload)
         inner: dict[str, Any] = msgpack.unpackb(outer["payload"])
         data = inner.pop("data")
     except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as exc:
         attributes = dict(seen.properties)
         if "specversion" in attributes:
-            return Opened(attributes=attributes, data=seen.payload)
+            return Opened(attributes=attributes, data=payload)
         message = f"not an envelope: {exc!r}"
         raise WitnessError(message) from exc
     return Opened(attributes={str(name): str(value) for name, value in inner.items()}, data=bytes(data))

@@ -1,14 +1,42 @@
-"""Joins sources into one recording: each drive begins when the first one does, and the provenance says so."""
+"""Joins sources into one recording: each drive begins when the first one does, and the provenance says so.
+
+Messages wait in a spool: what is joined here is where they stand, and in which order they are to be read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from msgspec import msgpack
 
 from tools.importing.rows import GNSS_TOPIC, carried
 from tools.recording import Recorded
 from tools.schemas import NANOSECONDS
+from tools.spool import Spool, Spooled
 from tools.stamps import restamped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """A message in a spool, and how far it is shifted in time; `receipt_ns` is where that puts it."""
+
+    topic: str
+    receipt_ns: int
+    packed: Spooled
+    shift_ns: int = 0
+
+    @classmethod
+    def of(cls, message: Recorded, spool: Spool) -> Waiting:
+        """Keep a message as a source has it; raises SpoolError."""
+        packed = spool.keep(msgpack.encode(message))
+        return cls(topic=message.topic, receipt_ns=message.receipt_ns, packed=packed)
+
+    def read(self) -> Recorded:
+        """The message in its place; raises SourceError for a time before 1970, SpoolError."""
+        message = msgpack.decode(self.packed.read(), type=Recorded)
+        moved = restamped(message, message.capture_ns + self.shift_ns) if self.shift_ns else message
+        return carried(replace(moved, receipt_ns=self.receipt_ns))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +44,7 @@ class Drive:
     """The messages of one real drive, of one or several files; `name` goes into the provenance."""
 
     name: str
-    messages: tuple[Recorded, ...]
+    messages: tuple[Waiting, ...]
 
     @property
     def start_ns(self) -> int:
@@ -26,15 +54,15 @@ class Drive:
 
 def joined(
     drives: Sequence[Drive], *, align: bool = True, start_ns: int | None = None
-) -> tuple[list[Recorded], dict[str, str]]:
+) -> tuple[list[Waiting], dict[str, str]]:
     """Give all messages in order of time, and the provenance.
 
     Aligning shifts the later drives to the first's start; `start_ns` shifts the first one too. A car is in one place:
-    positions are taken from the first drive that has any. Raises SourceError for a time before 1970.
+    positions are taken from the first drive that has any.
     """
     provenance = {"composite": "true" if len(drives) > 1 else "false"}
     first_ns = drives[0].start_ns if start_ns is None else start_ns
-    found: list[Recorded] = []
+    found: list[Waiting] = []
     for number, drive in enumerate(drives, start=1):
         placed = any(one.topic == GNSS_TOPIC for one in found)
         kept = [one for one in drive.messages if not (placed and one.topic == GNSS_TOPIC)]
@@ -43,11 +71,5 @@ def joined(
         notes += [f"shifted by {shift_ns / NANOSECONDS:+.3f} s"] if shift_ns else []
         notes += [f"{len(drive.messages) - len(kept)} positions left out"] if len(kept) < len(drive.messages) else []
         provenance[f"source {number}"] = ", ".join(notes)
-        found += _shifted(kept, shift_ns)
+        found += [replace(one, receipt_ns=one.receipt_ns + shift_ns, shift_ns=shift_ns) for one in kept]
     return sorted(found, key=lambda one: one.receipt_ns), provenance
-
-
-def _shifted(messages: Sequence[Recorded], shift_ns: int) -> Iterator[Recorded]:
-    for message in messages:
-        moved = restamped(message, message.capture_ns + shift_ns) if shift_ns else message
-        yield carried(replace(moved, receipt_ns=message.receipt_ns + shift_ns))

@@ -1,4 +1,7 @@
-"""Reads MDF4 bus logs with a DBC through asammdf: positions become GNSS messages, every other CAN message telemetry."""
+"""Reads MDF4 bus logs with a DBC through asammdf: positions become GNSS messages, every other CAN message telemetry.
+
+asammdf decodes a log as a whole: six times its size in memory where all its frames are of one CAN message.
+"""
 
 from __future__ import annotations
 
