@@ -737,6 +737,8 @@ async def test_once_a_change_of_the_policy_is_done_no_socket_holds_what_it_forbi
 class Except:
     """A policy that forbids one record beside what it forbids anyway."""
 
+    version = "test"
+
     def __init__(self, policy, record):
         self.policy, self.record = policy, record
 

@@ -176,20 +176,18 @@ class Uplink:
     async def _serve(self) -> None:
         await self._needed()
         self._renewing = False
-        presence, session = self._presence(), self.options.session
-        if presence is not None:
-            session = replace(session, will=presence.will(time.time_ns()))
+        presence = Presence(self.options.presence, self._policy().version, self._committer.ledger.counts)
+        session = replace(self.options.session, will=presence.will(time.time_ns()))
         async with reach.watched(self._reachable):
             connection = await dial(self.options.peer, session, next(self._attempts), self.shown)
         self._connection, reason = connection, "given up"
         try:
             self._check(connection)
             self._up()
-            if presence is not None:
-                self._fly(connection, presence.born(connection, time.time_ns()))
+            self._say(connection, presence.born(connection, time.time_ns()))
             await self._pump_loop(connection, presence)
         except (asyncio.CancelledError, _RenewalError):
-            said = presence is None or await presence.dead(connection, time.time_ns())
+            said = await presence.dead(connection, time.time_ns())
             if said and not self._flights.bytes:  # else the kernel would go on sending them
                 connection.close()
             raise
@@ -216,11 +214,7 @@ class Uplink:
         self._board.claimed.difference_update(records)
         self._board.doubt(records)
 
-    def _presence(self) -> Presence | None:
-        asked = self.options.presence
-        return None if asked is None else Presence(asked, self._policy().version, self._committer.ledger.counts)
-
-    async def _pump_loop(self, connection: Connection, presence: Presence | None) -> None:
+    async def _pump_loop(self, connection: Connection, presence: Presence) -> None:
         options = self.options
         shares = Shares(options.backlog_bytes_per_s, time.monotonic())
         loading = self._loading
@@ -242,16 +236,15 @@ class Uplink:
                 if not ready or not self._may_send(connection):
                     self._pressed = bool(ready) or not supply.level
                     await self._wait(shares)
-                if presence is not None:
-                    self._tell(connection, presence)
+                if len(self._flights) < self._largest(connection):  # there is room, even while no record may be sent
+                    self._say(connection, presence.tell(connection, time.time_ns(), time.monotonic()))
         finally:
             supply.give_back()
         raise EndpointError(connection.closed.result())
 
-    def _tell(self, connection: Connection, presence: Presence) -> None:
-        """Say the counts where they are due and there is room, even while no record may be sent."""
-        if presence.due(time.monotonic()) and len(self._flights) < self._largest(connection):
-            self._fly(connection, presence.tell(connection, time.time_ns(), time.monotonic()))
+    def _say(self, connection: Connection, said: asyncio.Future[Puback] | None) -> None:
+        if said is not None:
+            self._fly(connection, said)
 
     def _largest(self, connection: Connection) -> int:
         return min(self.options.in_flight, connection.receive_maximum)
