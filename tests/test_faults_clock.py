@@ -73,7 +73,7 @@ async def test_record_of_an_earlier_boot_keeps_all_its_time_while_the_clock_is_n
 
 
 async def test_memory_in_flight_is_bounded_in_bytes(patience, monkeypatch):
-    monkeypatch.setattr("agent.uplink.uplink.IN_FLIGHT_BYTES", 200_000)
+    monkeypatch.setattr("agent.uplink.window.IN_FLIGHT_BYTES", 200_000)
     most = []
     add = flights.Flights.add
 

@@ -5,8 +5,8 @@ Invariants:
 - A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again, and what the
   socket still holds of it goes to nobody, however the connection ends.
 - A record whose time is up is not sent: the ledger gives none, and each is looked at again when its turn comes.
-- At most the endpoint's window is in flight, in PUBLISHes and in bytes; no record is in flight at two endpoints. What
-  is said of the vehicle's presence counts: an endpoint may hang up on one PUBLISH above its Receive Maximum.
+- At most the endpoint's window is in flight, in PUBLISHes and in bytes (`window`); no record is in flight at two
+  endpoints. What is said of the vehicle's presence counts: an endpoint may hang up on one PUBLISH above its maximum.
 - Urgent records go first; then live ones, with a share for the backlog, so that both always move (`shares`).
 - Several records go in one PUBLISH only where the endpoint asks for it (`parcels`); each is cleared, settled and
   counted by itself, and none is refused because of another one's fault.
@@ -53,14 +53,13 @@ from agent.uplink.settling import RETRY_LATER, Settling, answer
 from agent.uplink.shares import Shares
 from agent.uplink.supply import Supply, waits
 from agent.uplink.tls import Shown
+from agent.uplink.window import Window
 
 log = logging.getLogger(__name__)
 
 SECOND = 10**9
 POLL_SECONDS = 1.0  # an uplink looks around at least so often; a missed wake-up costs that and LOOK_SECONDS
 STABLE_SECONDS = 30.0
-UNSENT_BYTES = 64 << 10  # published but not yet taken by the socket; likewise
-IN_FLIGHT_BYTES = 16 << 20  # without PUBACK: paho keeps them in memory
 
 
 class _RenewalError(AgentError):
@@ -221,6 +220,7 @@ class Uplink:
         ready = loading.ready
         supply = Supply(options.name, self._committer, self._board, self._patience, shares=shares, ready=ready)
         outlet = loading.outlet = Outlet(connection, options)
+        window = Window(connection, options.in_flight, self._flights, self._patience)
         connection.on_drained(self._go_on)
         connection.closed.add_done_callback(lambda _: self._wake.set())
         try:
@@ -230,13 +230,13 @@ class Uplink:
                 self._wake.clear()
                 self._renewing |= self.shown.due(time.monotonic())
                 ending = self._draining or self._renewing or self._settling.full
-                await supply.refill(0 if ending else loading.wanted(self._window(connection)))
-                while ready and self._may_send(connection):
+                await supply.refill(0 if ending else loading.wanted(window.trusted()))
+                while ready and self._may_send(connection, window):
                     self._send(connection, outlet, loading.next(connection.maximum_packet_size))
-                if not ready or not self._may_send(connection):
+                if not ready or not self._may_send(connection, window):
                     self._pressed = bool(ready) or not supply.level
                     await self._wait(shares)
-                if len(self._flights) < self._largest(connection):  # there is room, even while no record may be sent
+                if window.free_for_presence():
                     self._say(connection, presence.tell(connection, time.time_ns(), time.monotonic()))
         finally:
             supply.give_back()
@@ -246,21 +246,8 @@ class Uplink:
         if said is not None:
             self._fly(connection, said)
 
-    def _largest(self, connection: Connection) -> int:
-        return min(self.options.in_flight, connection.receive_maximum)
-
-    def _window(self, connection: Connection) -> int:
-        return self._patience.window(self._largest(connection), time.monotonic())
-
-    def _may_send(self, connection: Connection) -> bool:
-        if (
-            self._draining
-            or self._renewing
-            or connection.closed.done()
-            or len(self._flights) >= self._window(connection)
-        ):
-            return False
-        return not self._flights or (connection.unsent < UNSENT_BYTES and self._flights.bytes < IN_FLIGHT_BYTES)
+    def _may_send(self, connection: Connection, window: Window) -> bool:
+        return not (self._draining or self._renewing or connection.closed.done()) and window.free()
 
     def _send(self, connection: Connection, outlet: Outlet, records: Sequence[Record]) -> None:
         now = boot.moment()
