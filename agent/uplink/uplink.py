@@ -34,7 +34,7 @@ from agent.clock import Moment
 from agent.errors import AgentError, EndpointError, EnvelopeError, LedgerError, LedgerStalledError
 from agent.histogram import WAIT_SECONDS, Histogram
 from agent.messages import Record
-from agent.mqtt.backoff import delays
+from agent.mqtt.backoff import Retries
 from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Puback
 from agent.policy import Cleared, Policy
@@ -59,7 +59,6 @@ log = logging.getLogger(__name__)
 
 SECOND = 10**9
 POLL_SECONDS = 1.0  # an uplink looks around at least so often; a missed wake-up costs that and LOOK_SECONDS
-STABLE_SECONDS = 30.0
 
 
 class _RenewalError(AgentError):
@@ -135,7 +134,7 @@ class Uplink:
 
         Raises LedgerError where the ledger is damaged.
         """
-        waits = delays(random.random)
+        retries = Retries(random.random)
         while True:
             started = self.turned = time.monotonic()
             try:
@@ -149,9 +148,7 @@ class Uplink:
             finally:
                 self.connected = False
                 await self._settling.finish()
-            if time.monotonic() - started > STABLE_SECONDS:
-                waits = delays(random.random)
-            await asyncio.sleep(next(waits))
+            await asyncio.sleep(retries.after(time.monotonic() - started))
 
     def _fail(self, reason: str) -> None:
         if reason != self.last_error:
