@@ -72,6 +72,26 @@ async def test_record_of_an_earlier_boot_keeps_all_its_time_while_the_clock_is_n
         assert expiries(endpoint) == {1: 3600, 2: 3600}
 
 
+@pytest.mark.parametrize("set_at", ["neither end", "its making", "its delivery"])
+async def test_wait_of_a_record_is_known_by_its_boot_where_the_clock_is_not_set_and_else_left_out(
+    patience, monkeypatch, set_at
+):
+    true = time.time_ns
+    made_ns = true() if set_at == "its making" else YEAR_NS
+    here = Capture(time_ns=made_ns, monotonic_ns=boot.boot_ns() - 60 * SECOND, boot_id=boot.boot_id())
+    async with asyncio.timeout(patience), fake_broker() as endpoint, bench({"a": endpoint.port}) as it:
+        if set_at != "its delivery":
+            monkeypatch.setattr(time, "time_ns", lambda: true() % YEAR_NS)
+        for number, capture in enumerate((here, replace(here, monotonic_ns=1, boot_id="earlier"))):
+            made = replace(record(number), capture=capture, recorded_ns=made_ns, expires_ns=made_ns + 3600 * SECOND)
+            await it.committer.submit(Store(record=made))
+        it.start()
+        await it.until(lambda: it.counts.delivered == 2)
+        found = it.uplinks["a"].delivered.as_dict()
+    assert found["buckets"]["+Inf"] == 1
+    assert 60 <= found["sum"] <= 60 + patience
+
+
 async def test_memory_in_flight_is_bounded_in_bytes(patience, monkeypatch):
     monkeypatch.setattr("agent.uplink.window.IN_FLIGHT_BYTES", 200_000)
     most = []

@@ -26,6 +26,14 @@ def arguments(now: Moment | None) -> tuple[int, str, int]:
     return (now.time_ns, now.boot_id, now.monotonic_ns) if now is not None and is_set(now.time_ns) else (_NEVER, "", 0)
 
 
+def aged_ns(record: Record, now: Moment) -> int | None:
+    """Nanoseconds since a record's message arrived, by CLOCK_BOOTTIME; None: it did in an earlier boot."""
+    capture = record.capture
+    if capture.boot_id != now.boot_id:
+        return None
+    return max(now.monotonic_ns - capture.monotonic_ns - capture.doubt_ns, 0)
+
+
 def left_ns(record: Record, now: Moment) -> int:
     """Nanoseconds until the record's time is up as far as the clocks tell, at most all of its time to live."""
     whole_ns, capture, left = record.expires_ns - record.recorded_ns, record.capture, list[int]()

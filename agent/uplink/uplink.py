@@ -30,7 +30,7 @@ from dataclasses import replace
 from agent import boot
 from agent.alarm import rung
 from agent.board import Board
-from agent.clock import Moment
+from agent.clock import Moment, is_set
 from agent.errors import AgentError, EndpointError, EnvelopeError, LedgerError, LedgerStalledError
 from agent.histogram import WAIT_SECONDS, Histogram
 from agent.messages import Record
@@ -40,6 +40,7 @@ from agent.mqtt.packets import Puback
 from agent.policy import Cleared, Policy
 from agent.store.committer import Committer
 from agent.store.entries import Entry
+from agent.store.lifetime import aged_ns
 from agent.uplink import reach
 from agent.uplink.egress import dial
 from agent.uplink.flights import Flight, Flights
@@ -68,7 +69,8 @@ class _RenewalError(AgentError):
 class Uplink:
     """One endpoint's publisher, for as long as the agent runs; `turned`: when its loop last came round (monotonic).
 
-    `delivered`: from a record's making, just before its commit, until the endpoint's PUBACK; by the wall clock.
+    `delivered`: from a record's making, just before its commit, until the endpoint's PUBACK, by the wall clock. Where
+    that was not set at one end, from its message's arrival by CLOCK_BOOTTIME; one of an earlier boot is left out then.
     """
 
     def __init__(  # noqa: PLR0913 - what every uplink shares, and one with its default
@@ -294,8 +296,16 @@ class Uplink:
         now_ns = time.time_ns()
         for record in records:
             if puback.accepted:
-                self.delivered.observe((now_ns - record.recorded_ns) / SECOND)
+                self._observe(record, now_ns)
             self._settling.add(record, answer(record, self.options.name, puback, now_ns))
+
+    def _observe(self, record: Record, now_ns: int) -> None:
+        if is_set(record.recorded_ns) and is_set(now_ns):
+            waited_ns: int | None = now_ns - record.recorded_ns
+        else:
+            waited_ns = aged_ns(record, boot.moment())
+        if waited_ns is not None:
+            self.delivered.observe(waited_ns / SECOND)
 
     def _judge(self, records: Sequence[Record], puback: Puback) -> None:
         """What the endpoint's answer says of the endpoint."""
