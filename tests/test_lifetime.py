@@ -90,11 +90,11 @@ def test_time_left_is_told_by_the_clocks_that_mean_something():
         (behind, "this", NOW.time_ns - age, 100),
         (behind, "earlier", NOW.time_ns - age, 100),
         (unset, "this", NOW.time_ns - age, 60),
-        (unset, "earlier", NOW.time_ns - age, 100),
+        (unset, "earlier", NOW.time_ns - age, 100 - 1000),
         (NOW, "this", 3 * SECOND, 60),
-        (NOW, "earlier", 3 * SECOND, 100),
+        (NOW, "earlier", 3 * SECOND, 100 - 1000),
         (unset, "this", 3 * SECOND, 60),
-        (unset, "earlier", 3 * SECOND, 100),
+        (unset, "earlier", 3 * SECOND, 100 - 1000),
     ):
         assert left_ns(kept(recorded_ns=recorded_ns, boot_id=boot_id, **here), now) == left * SECOND
 
