@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from agent.errors import AgentError, EndpointError
-from agent.mqtt.backoff import delays
+from agent.mqtt.backoff import Retries
 from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Outgoing, Session, Will
 from agent.status import STATES
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 SECOND = 10**9
 GOODBYE_SECONDS = 1.0  # for which the broker's answer to the last message is waited for
 PUBACK_SECONDS = 10.0
-STABLE_SECONDS = 30.0  # a connection that lived so long is tried again with the shortest delay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +55,7 @@ class Beacon:
 
     async def run_loop(self) -> None:
         """Connect, tell, connect again; returns only by cancelling, which says that the agent has stopped."""
-        waits = delays(random.random)
+        retries = Retries(random.random)
         await self._known.wait()
         while True:
             started = time.monotonic()
@@ -64,9 +63,7 @@ class Beacon:
                 await self._serve()
             except (AgentError, TimeoutError) as exc:
                 log.warning("beacon.lost", extra={"reason": str(exc) or type(exc).__name__})
-            if time.monotonic() - started > STABLE_SECONDS:
-                waits = delays(random.random)
-            await asyncio.sleep(next(waits))
+            await asyncio.sleep(retries.after(time.monotonic() - started))
 
     async def _serve(self) -> None:
         connection = Connection(self._session)

@@ -8,7 +8,6 @@ from fake_broker import fake_broker
 
 from agent.mqtt import backoff
 from agent.redaction import redaction, samples, turbojpeg
-from agent.uplink import uplink
 from tools.brokers import mosquitto
 
 # The background job of a shell script ignores SIGINT, and so would all that it starts.
@@ -38,7 +37,7 @@ async def endpoint():
 def quick_uplinks(monkeypatch):
     """Uplinks reconnect after milliseconds: the waits themselves have tests of their own."""
     monkeypatch.setattr(backoff, "FIRST_SECONDS", 0.02)
-    monkeypatch.setattr(uplink, "delays", lambda draw: backoff.delays(draw, first=0.02, longest=0.1))
+    monkeypatch.setattr(backoff, "LONGEST_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="module", params=["libturbojpeg", "Pillow"])

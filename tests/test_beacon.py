@@ -7,9 +7,10 @@ import signal
 import pytest
 from harness import SHENZHEN, Client, car
 
-from agent import assembly, beacon
+from agent import assembly
 from agent.beacon import Beacon, BeaconOptions, summary
 from agent.errors import EndpointError, InvalidConfigError
+from agent.mqtt import backoff
 from agent.mqtt.packets import Session
 
 TOPIC = "residency-agent/status"
@@ -90,8 +91,8 @@ async def test_status_says_neither_where_the_vehicle_is_nor_who(it, patience):
 
 
 async def test_after_a_stable_connection_the_next_is_tried_without_the_delay_of_losses_before(patience, monkeypatch):
-    monkeypatch.setattr(beacon, "STABLE_SECONDS", -1.0)
-    monkeypatch.setattr(beacon, "delays", lambda _: iter([0.0, 1e6]))
+    monkeypatch.setattr(backoff, "STABLE_SECONDS", -1.0)
+    monkeypatch.setattr(backoff, "delays", lambda *_, **__: iter([0.0, 1e6]))
     served = asyncio.Queue()
 
     class Losing(Beacon):

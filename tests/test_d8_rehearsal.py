@@ -91,10 +91,10 @@ networks = ["{network}"]
 """
 
 IN_LAPSE = """
-import functools, sys
-from agent.uplink import uplink
+import sys
+from agent.mqtt import backoff
 from agent.__main__ import main
-uplink.delays = functools.partial(uplink.delays, longest=1.0)
+backoff.LONGEST_SECONDS = 1.0
 sys.exit(main())
 """  # an endpoint is tried again every second at least, where the real agent waits for up to a minute
 

@@ -383,7 +383,6 @@ async def test_port_without_tls_is_a_finding(setup, authority):
 @DNS
 async def test_broker_that_never_answers_is_a_finding(setup, authority, monkeypatch):
     monkeypatch.setattr("agent.mqtt.connection.CONNECT_SECONDS", 0.3)
-    monkeypatch.setattr("agent.mqtt.client.CONNECT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         found = await examined(endpoint(setup, port=silent.getsockname()[1], ca_file=str(authority.file)))
     assert "egress-rules" in found.advice, found

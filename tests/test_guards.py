@@ -163,7 +163,7 @@ GUARDS = [
     Guard(
         "no proxy",
         f"{EGRESS}::test_proxy_of_the_environment_is_not_used",
-        replace(DirectClient, "_get_proxy", Client._get_proxy),
+        replace(DirectClient, "_create_socket", Client._create_socket),
     ),
     Guard(
         "staleness: a disc grows with the age of its fix",

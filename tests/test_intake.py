@@ -67,7 +67,8 @@ def echo(session, publish):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(intake, "delays", lambda draw: backoff.delays(draw, first=0.02, longest=0.1))
+    monkeypatch.setattr(backoff, "FIRST_SECONDS", 0.02)
+    monkeypatch.setattr(backoff, "LONGEST_SECONDS", 0.1)
     monkeypatch.setattr(intake, "MARKER_SECONDS", 0.02)
 
 

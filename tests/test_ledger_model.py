@@ -45,8 +45,8 @@ class Model:
     def sweep(self, now):
         for item in list(self.spool.values()):
             if item.recorded_ns <= IS_SET_NS:
-                age_ns = now.monotonic_ns - item.capture.monotonic_ns if item.capture.boot_id == now.boot_id else 0
-                made_ns, ttl_ns = now.time_ns - age_ns, item.expires_ns - item.recorded_ns
+                since_ns = item.capture.monotonic_ns if item.capture.boot_id == now.boot_id else 0
+                made_ns, ttl_ns = now.time_ns - now.monotonic_ns + since_ns, item.expires_ns - item.recorded_ns
                 self.spool[item.id] = replace(item, recorded_ns=made_ns, expires_ns=made_ns + ttl_ns)
             elif item.expires_ns <= now.time_ns:
                 self.end(item.id, State.EXPIRED)

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from agent.clock import IS_SET_NS, Moment, is_set
 from agent.messages import Capture
-from agent.store.lifetime import DUE, MADE_NS, OVERDUE, UNDATED, arguments, left_ns, overdue
+from agent.store.lifetime import DUE, MADE_NS, OVERDUE, UNDATED, aged_ns, arguments, left_ns, overdue
 
 SECOND = 10**9
 TTL = 100 * SECOND
@@ -90,10 +90,18 @@ def test_time_left_is_told_by_the_clocks_that_mean_something():
         (behind, "this", NOW.time_ns - age, 100),
         (behind, "earlier", NOW.time_ns - age, 100),
         (unset, "this", NOW.time_ns - age, 60),
-        (unset, "earlier", NOW.time_ns - age, 100),
+        (unset, "earlier", NOW.time_ns - age, 100 - 1000),
         (NOW, "this", 3 * SECOND, 60),
-        (NOW, "earlier", 3 * SECOND, 100),
+        (NOW, "earlier", 3 * SECOND, 100 - 1000),
         (unset, "this", 3 * SECOND, 60),
-        (unset, "earlier", 3 * SECOND, 100),
+        (unset, "earlier", 3 * SECOND, 100 - 1000),
     ):
         assert left_ns(kept(recorded_ns=recorded_ns, boot_id=boot_id, **here), now) == left * SECOND
+
+
+def test_age_counts_from_the_latest_arrival_and_is_unknown_after_a_boot():
+    arrived = NOW.monotonic_ns - 10 * SECOND
+    assert aged_ns(kept(recorded_ns=1, monotonic_ns=arrived), NOW) == 10 * SECOND
+    assert aged_ns(kept(recorded_ns=1, monotonic_ns=arrived, doubt_ns=3 * SECOND), NOW) == 7 * SECOND
+    assert aged_ns(kept(recorded_ns=1, monotonic_ns=arrived, doubt_ns=30 * SECOND), NOW) == 0
+    assert aged_ns(kept(recorded_ns=1, monotonic_ns=arrived, boot_id="earlier"), NOW) is None

@@ -19,6 +19,8 @@ import stream
 from authority import Authority
 from consumers import SECONDS, SUBSCRIPTIONS, consumer, subscribed, until
 
+from agent.errors import EndpointError
+from agent.mqtt import backoff
 from agent.mqtt.packets import Outgoing, Session
 from tools.__main__ import main as tools_main
 from tools.brokers import free_port, mosquitto, mosquitto_path
@@ -225,6 +227,28 @@ async def _received(options):
     await receiving.Listener(options=options, inbox=inbox, board=board).run_loop()
     inbox.close()
     return board
+
+
+async def test_after_a_stable_connection_a_listener_comes_back_without_the_delay_of_losses_before(monkeypatch):
+    monkeypatch.setattr(backoff, "STABLE_SECONDS", -1.0)
+    monkeypatch.setattr(backoff, "delays", lambda *_, **__: iter([0.0, 1e6]))
+    board, served = Board(started=0.0), []
+
+    class Losing(receiving.Listener):
+        async def _serve(self, _connection):
+            board.connected = True
+            served.append(None)
+            if len(served) == 4:
+                self.stop.set()
+            raise EndpointError("lost")
+
+    session = Session(host="127.0.0.1", port=1, client_id="a")
+    options = receiving.Options(session=session, filters=("#",), expectations=stream.HERE, consumer="a")
+    async with asyncio.timeout(SECONDS):
+        inbox = Inbox(None, "a")
+        await Losing(options=options, inbox=inbox, board=board).run_loop()
+        inbox.close()
+    assert len(served) == 4
 
 
 @needs_mosquitto

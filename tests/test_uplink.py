@@ -14,11 +14,10 @@ from test_uplink_presence import ASKED
 
 from agent.errors import LedgerStalledError
 from agent.messages import Priority
-from agent.mqtt import backoff
 from agent.mqtt import connection as mqtt
 from agent.store.entries import Ending, Redecided
 from agent.uplink import group, reach, settling, supply
-from agent.uplink.patience import Patience
+from agent.uplink.patience import LONGEST_PAUSE_SECONDS, Patience
 from agent.uplink.shares import SHARE, Shares
 
 pytestmark = pytest.mark.usefixtures("quick_uplinks")
@@ -737,6 +736,8 @@ async def test_once_a_change_of_the_policy_is_done_no_socket_holds_what_it_forbi
 class Except:
     """A policy that forbids one record beside what it forbids anyway."""
 
+    version = "test"
+
     def __init__(self, policy, record):
         self.policy, self.record = policy, record
 
@@ -826,7 +827,7 @@ def test_patience_always_ends(events):
             patience.deferred([name], now)
         else:
             patience.lost([[name]], now)
-        assert patience.pause(now) <= backoff.LONGEST_SECONDS
+        assert patience.pause(now) <= LONGEST_PAUSE_SECONDS
         assert 0 <= patience.window(16, now) <= 16
     later = now + 10_000
     assert patience.window(16, later) >= 1

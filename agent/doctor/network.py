@@ -84,6 +84,7 @@ async def _endpoint(setup: Setup, name: str) -> str:
         host=address,
         client_id=f"{options.session.client_id}-doctor",
         tls=await asyncio.to_thread(tls_context, options.peer),
+        server_name=options.peer.host,
     )
     connection = Connection(session, check_peer=peer_check(options.peer))
     try:

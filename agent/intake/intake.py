@@ -29,7 +29,7 @@ from agent.intake.line import Line
 from agent.intake.subscriptions import Subscriptions
 from agent.intake.waiting import FOREVER_NS, Waiting
 from agent.messages import Message, State
-from agent.mqtt.backoff import delays
+from agent.mqtt.backoff import Retries
 from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Delivery, Outgoing, Session
 from agent.places.gnss import FixReader
@@ -47,7 +47,6 @@ IDLE_SECONDS = 10.0  # between two markers while none come
 MARKER_PATIENCE_SECONDS = 30.0  # a marker that is not back by then is sent again, and the broker's access list doubted
 OLD_FIX_NS = 60 * 10**9  # a fix that may have waited longer would only blur the track that the next ones draw
 EVER_NS, NEVER_NS = -(1 << 63), (1 << 63) - 1  # before, and after, every capture: SQLite's least and largest number
-STABLE_SECONDS = 30.0  # a session that lived so long starts again with the shortest delay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +153,7 @@ class Intake:
 
     async def run_loop(self) -> None:
         """Connect, take, connect again; returns only by cancelling, which loses nothing. Raises LedgerError."""
-        waits = delays(random.random)
+        retries = Retries(random.random)
         while True:
             started = self.turned = time.monotonic()
             connection = Connection(
@@ -177,9 +176,7 @@ class Intake:
                 self.connected = False
                 connection.close()
                 await asyncio.gather(*self._working, return_exceptions=True)  # else a redelivery could overtake them
-            if time.monotonic() - started > STABLE_SECONDS:
-                waits = delays(random.random)
-            await asyncio.sleep(next(waits))
+            await asyncio.sleep(retries.after(time.monotonic() - started))
 
     async def _serve(self, connection: Connection) -> None:
         session_present = await connection.open()

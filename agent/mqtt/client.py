@@ -2,7 +2,7 @@
 
 paho asks the kernel for every byte of a header, sends every packet by a call of its own, makes a dozen objects of a
 PUBLISH or a PUBACK, and refuses properties that MQTT allows. So these two, and nothing else of the protocol, are read
-and written here: paho connects, subscribes, keeps alive and disconnects.
+and written here: paho introduces itself, subscribes, keeps alive and disconnects. It gets a socket that is connected.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import Callable, Container
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
@@ -21,6 +21,9 @@ from agent.boot import boot_ns
 from agent.mqtt.packets import Outgoing, Session
 from agent.settings.config import LARGEST_PACKET
 
+if TYPE_CHECKING:  # paho defines it for type checkers only
+    from paho.mqtt.client import SocketLike
+
 READ_BYTES = 64 << 10  # read at a time
 SEND_BYTES = 64 << 10  # collected before they must be sent
 PUBLISH, PUBACK, DISCONNECT = 0x30, 0x40, 0xE0  # MQTT 5.0, 2.1.2
@@ -29,7 +32,6 @@ EXACTLY_ONCE = 2
 CONTENT_TYPE, SUBSCRIPTION, USER_PROPERTY = 0x03, 0x0B, 0x26  # MQTT 5.0, 2.2.2.2, as the next two
 FIXED_BYTES = {0x01: 1, 0x02: 4, 0x23: 2}  # Payload Format Indicator, Message Expiry Interval, Topic Alias
 COUNTED = frozenset({0x08, 0x09})  # Response Topic, Correlation Data: two bytes of length, then so many
-CONNECT_SECONDS = 10.0  # TCP, TLS and CONNACK together
 
 
 class Incoming(NamedTuple):
@@ -50,7 +52,7 @@ class Incoming(NamedTuple):
 
 
 class DirectClient(Client):
-    """A client that connects to the address it is given, whatever `mqtt_proxy` in the environment says.
+    """A client of one connection, which is made elsewhere: `connected` is its socket.
 
     What it publishes is not in paho's books, so paho never sends it again. `on_incoming` gets each PUBLISH at QoS 0 or
     1, `on_puback` each PUBACK as its packet identifier and reason code. A DISCONNECT goes out at once. A packet of more
@@ -62,6 +64,7 @@ class DirectClient(Client):
         self.on_incoming: Callable[[Incoming], None] = lambda _: None
         self.on_puback: Callable[[int, int], None] = lambda _mid, _code: None
         self._ahead, self._taken = bytearray(), 0
+        self.connected: SocketLike | None = None
         self.emptied_ns: int | None = None  # when (boot time) all was read that the socket held; None: nobody knows
         self._unsent = bytearray()
         self.writes = 0  # to the socket so far
@@ -92,8 +95,11 @@ class DirectClient(Client):
         """Whether anything waits for the socket."""
         return bool(self._unsent) or super().want_write()
 
-    def _get_proxy(self) -> None:
-        """No proxy: its address was not judged, and it would see the traffic."""
+    def _create_socket(self) -> SocketLike:
+        """No socket of paho's own, which might lead through the proxy that the environment names."""
+        if self.connected is None:
+            raise ConnectionError("no connection")
+        return self.connected
 
     def _packet_read(self) -> MQTTErrorCode:
         """Take one packet; MQTT_ERR_AGAIN where none is whole yet. Raises for what makes no sense."""
@@ -275,25 +281,28 @@ def new_client(session: Session) -> DirectClient:
         manual_ack=True,
         reconnect_on_failure=False,
     )
-    client.connect_timeout = CONNECT_SECONDS
     if session.username:
         client.username_pw_set(session.username, session.password)
-    if session.tls is not None:
-        client.tls_set_context(session.tls)
     if session.will is not None:
         client.will_set(session.will.topic, session.will.payload, qos=1, retain=True)
     return client
 
 
-def connect(client: Client, session: Session) -> None:
-    """Connect and send CONNECT; blocks. Raises OSError, and whatever the client's socket callbacks raise."""
+def connect(client: DirectClient, session: Session, connected: SocketLike) -> None:
+    """Send CONNECT on a connected socket. Raises OSError, and whatever the client's socket callbacks raise.
+
+    Then the socket is closed: nothing, not even a DISCONNECT, goes to a peer that is not the endpoint.
+    """
+    client.connected = connected
+    options: dict[str, Any] = {}
     if session.protocol == "5":
         properties = Properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = session.session_expiry_s
         properties.ReceiveMaximum = session.receive_maximum
         properties.MaximumPacketSize = session.maximum_packet_bytes
-        client.connect(
-            session.host, session.port, session.keepalive_s, clean_start=session.clean_start, properties=properties
-        )
-    else:
-        client.connect(session.host, session.port, session.keepalive_s)
+        options = {"clean_start": session.clean_start, "properties": properties}
+    try:
+        client.connect(session.host, session.port, session.keepalive_s, **options)
+    except BaseException:
+        connected.close()
+        raise

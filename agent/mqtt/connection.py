@@ -27,15 +27,16 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.boot import boot_ns
 from agent.errors import EndpointError
-from agent.mqtt.client import CONNECT_SECONDS, DirectClient, Incoming, connect, new_client
+from agent.mqtt.client import DirectClient, Incoming, connect, new_client
+from agent.mqtt.dialling import dialled
 from agent.mqtt.inbox import Inbox
 from agent.mqtt.packets import Delivery, Outgoing, Puback, Session
-from agent.mqtt.threads import beside
 from agent.mqtt.transport import Transport
 
 if TYPE_CHECKING:  # paho defines it for type checkers only
     from paho.mqtt.client import SocketLike
 
+CONNECT_SECONDS = 10.0  # TCP, TLS and CONNACK together
 SUBSCRIBE_SECONDS = 60.0  # the SUBACK comes behind all that a resumed session had kept
 MISC_SECONDS = 1.0  # paho's keep-alive bookkeeping, and a look at the socket
 _NUMBERS = itertools.count(1)
@@ -97,7 +98,7 @@ class Connection:
         """Connect; whether the broker had kept our session. Raises EndpointError. Cancelling closes the connection."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                await beside(lambda: connect(self._client, self._session), name=f"connect-{self._session.client_id}")
+                connect(self._client, self._session, await dialled(self._session))
                 self._misc = asyncio.create_task(self._misc_loop(), name=f"mqtt-misc-{self._session.client_id}")
                 return await self._connack
         except (OSError, TimeoutError, ValueError) as exc:
@@ -251,7 +252,7 @@ class Connection:
         self._connack.set_result(flags.session_present)
 
     def _on_disconnect(self, _client: Client, _userdata: object, _flags: object, code: ReasonCode, _: object) -> None:
-        self._loop.call_soon_threadsafe(self._finish, f"DISCONNECT: {code}")
+        self._loop.call_soon(self._finish, f"DISCONNECT: {code}")
 
     def _on_incoming(self, message: Incoming) -> None:
         self._transport.packets += 1

@@ -16,7 +16,10 @@ SUCCESS_CODES = frozenset({0x00, 0x10})  # MQTT 5.0, 3.4.2.1: Success; No matchi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """How to connect: who we are to the broker, and what it shall keep for us."""
+    """How to connect: who we are to the broker, and what it shall keep for us.
+
+    `server_name`: the name that the certificate of the broker must be for; empty: its host.
+    """
 
     host: str
     port: int
@@ -30,6 +33,7 @@ class Session:
     receive_maximum: int = 256
     maximum_packet_bytes: int = 16 << 20
     tls: ssl.SSLContext | None = None
+    server_name: str = ""
     will: Will | None = None
 
 

@@ -21,6 +21,12 @@ RESET = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER: close with RST, and for
 LOOK_NS = 1_500_000_000  # a socket is looked at every second; a longer gap is a process that stood still
 
 
+def reset(sock: socket.socket) -> None:
+    """Make `close` forget what was not sent yet, so that it reaches nobody."""
+    if sock.fileno() >= 0:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+
 class Gauge:
     """Watches one connected socket. `look` is called every second, and whenever a read found nothing more."""
 
@@ -84,8 +90,3 @@ class Gauge:
             return 0
         held: int = struct.unpack("i", fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0]
         return self.acknowledged() + held
-
-    def reset(self) -> None:
-        """Make `close` forget what was not sent yet, so that it reaches nobody."""
-        if self._sock.fileno() >= 0:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)

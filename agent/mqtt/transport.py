@@ -9,16 +9,14 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from paho.mqtt.client import Client
 from paho.mqtt.enums import MQTTErrorCode
 
-from agent.errors import EndpointError
 from agent.mqtt.client import DirectClient
-from agent.mqtt.sockets import Gauge
+from agent.mqtt.sockets import Gauge, reset
 
 if TYPE_CHECKING:  # paho defines it for type checkers only
     import socket
@@ -54,8 +52,7 @@ class Transport:
         self._lost = lost
         self._prompt = prompt
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
-        self._socket: SocketLike | None = None
+        self._socket: socket.socket | None = None
         self._reading = self._writing = False
         self._ended = False
         client.on_socket_open = self._on_open
@@ -87,46 +84,29 @@ class Transport:
         """Close the socket; unless graceful, what it had not sent yet goes to nobody. Idempotent."""
         self._ended = True
         self._detach()
-        if self.gauge is not None and not graceful:
-            self.gauge.reset()
         if self._socket is not None:
+            if not graceful:
+                reset(self._socket)
             self._socket.close()
 
-    # paho calls the socket callbacks of `connect` in the connecting thread, all others in the loop's.
-
     def _on_open(self, _client: Client, _userdata: object, sock: SocketLike) -> None:
-        try:
-            self._check_peer(sock)
-        except EndpointError:
-            sock.close()  # nothing, not even a DISCONNECT, goes to a peer that is not the endpoint
-            raise
-        self._loop.call_soon_threadsafe(self._attach, sock)
+        self._check_peer(sock)
+        self._socket = cast("socket.socket", sock)
+        self.gauge = Gauge(self._socket)
+        self.resume()
 
     def _on_close(self, _client: Client, _userdata: object, _sock: SocketLike) -> None:
-        if threading.get_ident() == self._thread:
-            self._detach()  # at once: a closed descriptor cannot be taken out of the selector
+        self._detach()  # at once: a closed descriptor cannot be taken out of the selector
 
     def _on_register_write(self, _client: Client, _userdata: object, sock: SocketLike) -> None:
-        if threading.get_ident() == self._thread:
-            self._loop.call_soon(self._write, sock)  # together with what else is published in this turn of the loop
-        else:
-            self._loop.call_soon_threadsafe(self._write, sock)
+        self._loop.call_soon(self._write, sock)  # together with what else is published in this turn of the loop
 
     def _on_unregister_write(self, _client: Client, _userdata: object, sock: SocketLike) -> None:
-        if threading.get_ident() == self._thread:
-            if self._writing and sock.fileno() >= 0:
-                self._loop.remove_writer(sock)
-            self._writing = False
-            self.unsent = 0
-            self.on_drained()
-
-    def _attach(self, sock: SocketLike) -> None:
-        if self._ended or sock.fileno() < 0:
-            sock.close()
-            return
-        self._socket = sock
-        self.gauge = Gauge(cast("socket.socket", sock))
-        self.resume()
+        if self._writing and sock.fileno() >= 0:
+            self._loop.remove_writer(sock)
+        self._writing = False
+        self.unsent = 0
+        self.on_drained()
 
     def _write(self, sock: SocketLike) -> None:
         """Write what waits, and the rest when the socket has room again."""

@@ -62,7 +62,8 @@ async def dial(rules: PeerRules, session: Session, attempt: int = 0, shown: Show
     target = replace(session, host=addresses[attempt % len(addresses)], port=rules.port)
 
     async def opened(context: ssl.SSLContext | None) -> Connection:
-        connection = Connection(replace(target, tls=context), check_peer=peer_check(rules))
+        session = replace(target, tls=context, server_name=rules.host)
+        connection = Connection(session, check_peer=peer_check(rules))
         await connection.open()
         return connection
 

@@ -19,6 +19,7 @@ from typing import Any
 from agent.mqtt.backoff import delays
 
 FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 60.0
 LONGEST_ASIDE_SECONDS = 600.0
 MOST_ASIDE = 1024  # records remembered; beyond it the first that was set aside, or apart, is forgotten
 
@@ -36,7 +37,7 @@ class Patience:
         self.doubted = False
         self._draw = draw
         self._window: int | None = None
-        self._pauses = delays(draw, first=FIRST_PAUSE_SECONDS)
+        self._pauses = delays(draw, first=FIRST_PAUSE_SECONDS, longest=LONGEST_PAUSE_SECONDS)
         self._not_before = 0.0
         self._strikes: dict[str, _Strike] = {}
         self._apart: dict[str, None] = {}
@@ -72,7 +73,7 @@ class Patience:
         self.doubted = False
         if self._window is not None:
             self._window = self._window * 2 if self._window * 2 < largest else None
-            self._pauses = delays(self._draw, first=FIRST_PAUSE_SECONDS)
+            self._pauses = delays(self._draw, first=FIRST_PAUSE_SECONDS, longest=LONGEST_PAUSE_SECONDS)
 
     def deferred(self, records: Collection[str], now: float) -> None:
         """The endpoint asks for patience with a PUBLISH of these records."""

@@ -1,4 +1,7 @@
-"""Who says birth, status and death of the vehicle on one connection; what they say is decided in `wire.presence`."""
+"""Who says birth, status and death of the vehicle on one connection; what they say is decided in `wire.presence`.
+
+Only an endpoint that asked for it hears any of it.
+"""
 
 from __future__ import annotations
 
@@ -32,35 +35,39 @@ class PresenceOptions:
 
 
 class Presence:
-    """The presence of one connection, from its Last Will on."""
+    """The presence of one connection, from its Last Will on; with `options` None it says nothing."""
 
-    def __init__(self, options: PresenceOptions, policy_version: str, counts: Callable[[], Counts]) -> None:
-        self._options = options
+    def __init__(self, options: PresenceOptions | None, policy_version: str, counts: Callable[[], Counts]) -> None:
         self._policy_version = policy_version
         self._counts = counts
-        self._session = Session(id=secrets.token_hex(16), source=options.source, vehicle=options.vehicle)
+        self._session: Session | None = None
+        self._keyid: str | None = None
+        if options is not None:
+            self._session = Session(id=secrets.token_hex(16), source=options.source, vehicle=options.vehicle)
+            self._keyid = options.keyid
         self._number = 0
         self._due = 0.0
 
-    def will(self, now_ns: int) -> Will:
+    def will(self, now_ns: int) -> Will | None:
         """The Last Will: the death that the endpoint's broker publishes when we are lost."""
+        if self._session is None:
+            return None
         death = presence.death(self._session, now_ns, "lost")
         return Will(topic=death.topic, payload=death.payload)
 
-    def born(self, connection: Connection, now_ns: int) -> asyncio.Future[Puback]:
-        """Say that we are connected; the PUBACK."""
-        options = self._options
+    def born(self, connection: Connection, now_ns: int) -> asyncio.Future[Puback] | None:
+        """Say that we are connected; the PUBACK, None where nothing is said."""
+        if self._session is None:
+            return None
         birth = presence.birth(
-            self._session, now_ns, version=__version__, policy_version=self._policy_version, keyid=options.keyid
+            self._session, now_ns, version=__version__, policy_version=self._policy_version, keyid=self._keyid
         )
         return _say(connection, birth)
 
-    def due(self, monotonic_s: float) -> bool:
-        """Whether the counts should be said now: once in STATUS_SECONDS."""
-        return monotonic_s >= self._due
-
-    def tell(self, connection: Connection, now_ns: int, monotonic_s: float) -> asyncio.Future[Puback]:
-        """Say the counts; the PUBACK."""
+    def tell(self, connection: Connection, now_ns: int, monotonic_s: float) -> asyncio.Future[Puback] | None:
+        """Say the counts where they are due, once in STATUS_SECONDS; the PUBACK, None where nothing is said."""
+        if self._session is None or monotonic_s < self._due:
+            return None
         self._due = monotonic_s + STATUS_SECONDS
         self._number += 1
         counts = self._counts()
@@ -74,6 +81,8 @@ class Presence:
         when the connection closes may fail at that before it reads the DISCONNECT, and publish the Last Will as well.
         False: the broker's Receive Maximum left no room to say it, so the Last Will should speak.
         """
+        if self._session is None:
+            return True
         said = False
         with contextlib.suppress(EndpointError, TimeoutError):
             async with asyncio.timeout(GOODBYE_SECONDS):

@@ -14,13 +14,12 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from agent.errors import EndpointError
 
@@ -65,22 +64,6 @@ class Files:
     key: bytes | None
 
 
-class _NamedContext(ssl.SSLContext):
-    """A client context that verifies one name, whatever address is connected to."""
-
-    name = ""
-
-    def wrap_socket(self, sock: socket.socket, *_: Any, **_options: Any) -> ssl.SSLSocket:  # noqa: ANN401
-        """Shake hands too, for paho leaves a socket open on which that fails; a second handshake does nothing."""
-        wrapped = super().wrap_socket(sock, server_hostname=self.name, do_handshake_on_connect=False)
-        try:
-            wrapped.do_handshake()
-        except BaseException:
-            wrapped.close()
-            raise
-        return wrapped
-
-
 def read(rules: TlsRules) -> Files:
     """The files as they lie there now; blocks."""
     return Files(ca=_content(rules.ca_file), cert=_content(rules.cert_file), key=_content(rules.key_file))
@@ -99,9 +82,8 @@ def context(rules: TlsRules, files: Files) -> ssl.SSLContext | None:
     """A new verifying context, or None for an endpoint without TLS; raises EndpointError for unusable files."""
     if not rules.tls:
         return None
-    made = _NamedContext(ssl.PROTOCOL_TLS_CLIENT)
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     made.minimum_version = ssl.TLSVersion.TLSv1_2
-    made.name = rules.host
     try:
         _trust(made, rules, files.ca)
         if rules.cert_file or files.cert:

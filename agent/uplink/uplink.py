@@ -5,8 +5,8 @@ Invariants:
 - A record leaves the ledger only after the endpoint's PUBACK. Without one it is simply pending again, and what the
   socket still holds of it goes to nobody, however the connection ends.
 - A record whose time is up is not sent: the ledger gives none, and each is looked at again when its turn comes.
-- At most the endpoint's window is in flight, in PUBLISHes and in bytes; no record is in flight at two endpoints. What
-  is said of the vehicle's presence counts: an endpoint may hang up on one PUBLISH above its Receive Maximum.
+- At most the endpoint's window is in flight, in PUBLISHes and in bytes (`window`); no record is in flight at two
+  endpoints. What is said of the vehicle's presence counts: an endpoint may hang up on one PUBLISH above its maximum.
 - Urgent records go first; then live ones, with a share for the backlog, so that both always move (`shares`).
 - Several records go in one PUBLISH only where the endpoint asks for it (`parcels`); each is cleared, settled and
   counted by itself, and none is refused because of another one's fault.
@@ -30,16 +30,17 @@ from dataclasses import replace
 from agent import boot
 from agent.alarm import rung
 from agent.board import Board
-from agent.clock import Moment
+from agent.clock import Moment, is_set
 from agent.errors import AgentError, EndpointError, EnvelopeError, LedgerError, LedgerStalledError
 from agent.histogram import WAIT_SECONDS, Histogram
 from agent.messages import Record
-from agent.mqtt.backoff import delays
+from agent.mqtt.backoff import Retries
 from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Puback
 from agent.policy import Cleared, Policy
 from agent.store.committer import Committer
 from agent.store.entries import Entry
+from agent.store.lifetime import aged_ns
 from agent.uplink import reach
 from agent.uplink.egress import dial
 from agent.uplink.flights import Flight, Flights
@@ -53,14 +54,12 @@ from agent.uplink.settling import RETRY_LATER, Settling, answer
 from agent.uplink.shares import Shares
 from agent.uplink.supply import Supply, waits
 from agent.uplink.tls import Shown
+from agent.uplink.window import Window
 
 log = logging.getLogger(__name__)
 
 SECOND = 10**9
 POLL_SECONDS = 1.0  # an uplink looks around at least so often; a missed wake-up costs that and LOOK_SECONDS
-STABLE_SECONDS = 30.0
-UNSENT_BYTES = 64 << 10  # published but not yet taken by the socket; likewise
-IN_FLIGHT_BYTES = 16 << 20  # without PUBACK: paho keeps them in memory
 
 
 class _RenewalError(AgentError):
@@ -70,7 +69,8 @@ class _RenewalError(AgentError):
 class Uplink:
     """One endpoint's publisher, for as long as the agent runs; `turned`: when its loop last came round (monotonic).
 
-    `delivered`: from a record's making, just before its commit, until the endpoint's PUBACK; by the wall clock.
+    `delivered`: from a record's making, just before its commit, until the endpoint's PUBACK, by the wall clock. Where
+    that was not set at one end, from its message's arrival by CLOCK_BOOTTIME; one of an earlier boot is left out then.
     """
 
     def __init__(  # noqa: PLR0913 - what every uplink shares, and one with its default
@@ -136,7 +136,7 @@ class Uplink:
 
         Raises LedgerError where the ledger is damaged.
         """
-        waits = delays(random.random)
+        retries = Retries(random.random)
         while True:
             started = self.turned = time.monotonic()
             try:
@@ -150,9 +150,7 @@ class Uplink:
             finally:
                 self.connected = False
                 await self._settling.finish()
-            if time.monotonic() - started > STABLE_SECONDS:
-                waits = delays(random.random)
-            await asyncio.sleep(next(waits))
+            await asyncio.sleep(retries.after(time.monotonic() - started))
 
     def _fail(self, reason: str) -> None:
         if reason != self.last_error:
@@ -176,20 +174,18 @@ class Uplink:
     async def _serve(self) -> None:
         await self._needed()
         self._renewing = False
-        presence, session = self._presence(), self.options.session
-        if presence is not None:
-            session = replace(session, will=presence.will(time.time_ns()))
+        presence = Presence(self.options.presence, self._policy().version, self._committer.ledger.counts)
+        session = replace(self.options.session, will=presence.will(time.time_ns()))
         async with reach.watched(self._reachable):
             connection = await dial(self.options.peer, session, next(self._attempts), self.shown)
         self._connection, reason = connection, "given up"
         try:
             self._check(connection)
             self._up()
-            if presence is not None:
-                self._fly(connection, presence.born(connection, time.time_ns()))
+            self._say(connection, presence.born(connection, time.time_ns()))
             await self._pump_loop(connection, presence)
         except (asyncio.CancelledError, _RenewalError):
-            said = presence is None or await presence.dead(connection, time.time_ns())
+            said = await presence.dead(connection, time.time_ns())
             if said and not self._flights.bytes:  # else the kernel would go on sending them
                 connection.close()
             raise
@@ -216,17 +212,14 @@ class Uplink:
         self._board.claimed.difference_update(records)
         self._board.doubt(records)
 
-    def _presence(self) -> Presence | None:
-        asked = self.options.presence
-        return None if asked is None else Presence(asked, self._policy().version, self._committer.ledger.counts)
-
-    async def _pump_loop(self, connection: Connection, presence: Presence | None) -> None:
+    async def _pump_loop(self, connection: Connection, presence: Presence) -> None:
         options = self.options
         shares = Shares(options.backlog_bytes_per_s, time.monotonic())
         loading = self._loading
         ready = loading.ready
         supply = Supply(options.name, self._committer, self._board, self._patience, shares=shares, ready=ready)
         outlet = loading.outlet = Outlet(connection, options)
+        window = Window(connection, options.in_flight, self._flights, self._patience)
         connection.on_drained(self._go_on)
         connection.closed.add_done_callback(lambda _: self._wake.set())
         try:
@@ -236,38 +229,24 @@ class Uplink:
                 self._wake.clear()
                 self._renewing |= self.shown.due(time.monotonic())
                 ending = self._draining or self._renewing or self._settling.full
-                await supply.refill(0 if ending else loading.wanted(self._window(connection)))
-                while ready and self._may_send(connection):
+                await supply.refill(0 if ending else loading.wanted(window.trusted()))
+                while ready and self._may_send(connection, window):
                     self._send(connection, outlet, loading.next(connection.maximum_packet_size))
-                if not ready or not self._may_send(connection):
+                if not ready or not self._may_send(connection, window):
                     self._pressed = bool(ready) or not supply.level
                     await self._wait(shares)
-                if presence is not None:
-                    self._tell(connection, presence)
+                if window.free_for_presence():
+                    self._say(connection, presence.tell(connection, time.time_ns(), time.monotonic()))
         finally:
             supply.give_back()
         raise EndpointError(connection.closed.result())
 
-    def _tell(self, connection: Connection, presence: Presence) -> None:
-        """Say the counts where they are due and there is room, even while no record may be sent."""
-        if presence.due(time.monotonic()) and len(self._flights) < self._largest(connection):
-            self._fly(connection, presence.tell(connection, time.time_ns(), time.monotonic()))
+    def _say(self, connection: Connection, said: asyncio.Future[Puback] | None) -> None:
+        if said is not None:
+            self._fly(connection, said)
 
-    def _largest(self, connection: Connection) -> int:
-        return min(self.options.in_flight, connection.receive_maximum)
-
-    def _window(self, connection: Connection) -> int:
-        return self._patience.window(self._largest(connection), time.monotonic())
-
-    def _may_send(self, connection: Connection) -> bool:
-        if (
-            self._draining
-            or self._renewing
-            or connection.closed.done()
-            or len(self._flights) >= self._window(connection)
-        ):
-            return False
-        return not self._flights or (connection.unsent < UNSENT_BYTES and self._flights.bytes < IN_FLIGHT_BYTES)
+    def _may_send(self, connection: Connection, window: Window) -> bool:
+        return not (self._draining or self._renewing or connection.closed.done()) and window.free()
 
     def _send(self, connection: Connection, outlet: Outlet, records: Sequence[Record]) -> None:
         now = boot.moment()
@@ -317,8 +296,16 @@ class Uplink:
         now_ns = time.time_ns()
         for record in records:
             if puback.accepted:
-                self.delivered.observe((now_ns - record.recorded_ns) / SECOND)
+                self._observe(record, now_ns)
             self._settling.add(record, answer(record, self.options.name, puback, now_ns))
+
+    def _observe(self, record: Record, now_ns: int) -> None:
+        if is_set(record.recorded_ns) and is_set(now_ns):
+            waited_ns: int | None = now_ns - record.recorded_ns
+        else:
+            waited_ns = aged_ns(record, boot.moment())
+        if waited_ns is not None:
+            self.delivered.observe(waited_ns / SECOND)
 
     def _judge(self, records: Sequence[Record], puback: Puback) -> None:
         """What the endpoint's answer says of the endpoint."""

@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from agent.errors import EndpointError
-from agent.mqtt.backoff import delays
+from agent.mqtt.backoff import Retries
 from agent.mqtt.connection import Connection
 from agent.mqtt.packets import Delivery, Session
 from tools.listening.board import Board
@@ -79,10 +79,11 @@ class Listener:
         Raises EndpointError where not even the first connection succeeds. Cancelling loses nothing that was
         acknowledged.
         """
-        waits = delays(random.random)
+        retries = Retries(random.random)
         ever = False
         self._spooled = self.inbox.spooled()
         while not self._over():
+            started = time.monotonic()
             connection = Connection(self.options.session, queue_limit=BATCH, queue_bytes=QUEUE_BYTES)
             try:
                 await self._serve(connection)
@@ -95,7 +96,7 @@ class Listener:
                 ever, self.board.connected = ever or self.board.connected, False
                 connection.close()
             if not self._over():
-                await self._pause(next(waits))
+                await self._pause(retries.after(time.monotonic() - started))
         self._roll_all()
 
     async def _serve(self, connection: Connection) -> None:
