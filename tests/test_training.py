@@ -43,13 +43,15 @@ from tools.training.export import (
     weight_scales,
     ycc_from_rgb,
 )
-from tools.training.plan import Conv, Merge, Shape, head_names, plan
+from tools.training.layers import INPUT, Conv, Merge, Sum
+from tools.training.plan import Shape, head_names, plan, trunk_names
 from tools.training.rounding import moments, rounded
 from tools.training.tiles import Album, Stream, batch_of
 from tools.training.weather import weathered
 
 PERSON, FACE, PLATE = range(3)
-SMALL = Shape(widths=(4, 8, 8, 8, 8), blocks=(0, 1, 0, 0), neck=8)
+SMALL = Shape(widths=(4, 8, 8, 8, 8), blocks=(0, 1, 0, 0), neck=8, beside=0)
+BESIDE = replace(SMALL, beside=8)
 torch_needed = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="torch, the train extra, is missing"
 )
@@ -404,8 +406,8 @@ def weights_of(shape, seed=0):
         layer.name: (
             rng.normal(
                 0,
-                (2 / (layer.inputs * layer.kernel**2)) ** 0.5,
-                (layer.outputs, layer.inputs, layer.kernel, layer.kernel),
+                (2 / np.prod(layer.weight_shape[1:])) ** 0.5,
+                layer.weight_shape,
             ).astype(np.float32),
             rng.normal(0, 0.1, layer.outputs).astype(np.float32),
         )
@@ -430,13 +432,24 @@ PICTURE = np.random.default_rng(4).integers(0, 256, (1, 64, 96, 3), np.uint8)
 
 
 def ranges_of(shape):
-    return {layer.name: Range(low=-6.0, high=6.0) for layer in plan(shape) if isinstance(layer, Conv | Merge)}
+    return {layer.name: Range(low=-6.0, high=6.0) for layer in plan(shape) if isinstance(layer, Conv | Merge | Sum)}
 
 
-def test_float_and_int8_have_the_same_cells_and_nearly_the_same_values():
-    weights, layers = weights_of(SMALL), plan(SMALL)
+def found_ranges(layers, weights):
+    """What the tensors of a network reach on the picture."""
+    model = onnx.load_from_string(float_model(layers, weights, 15))
+    names = [layer.name for layer in layers if isinstance(layer, Conv | Merge | Sum)]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in names)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(names, {"picture": PICTURE})
+    return {name: Range(low=float(one.min()), high=float(one.max())) for name, one in zip(names, found, strict=True)}
+
+
+@pytest.mark.parametrize("shape", [SMALL, BESIDE], ids=["alone", "beside"])
+def test_float_and_int8_have_the_same_cells_and_nearly_the_same_values(shape):
+    weights, layers = weights_of(shape), plan(shape)
     real = outputs_of(float_model(layers, weights, 15), PICTURE)
-    whole = outputs_of(int8_model(layers, weights, ranges_of(SMALL), 15), PICTURE)
+    whole = outputs_of(int8_model(layers, weights, found_ranges(layers, weights), 15), PICTURE)
     assert real.shape == whole.shape == (1, 12 * 8 + 6 * 4 + 3 * 2, 15)
     assert np.abs(real - whole).mean() < 0.1 * real.std()
 
@@ -474,7 +487,7 @@ def test_first_convolution_is_rounded_for_what_it_sees():
     stem, _ = ycc_from_rgb(weights["stem"])
     exact = (stem / weight_scales(stem)[:, None, None, None]).reshape(len(stem), -1)
     errors = []
-    for together in (None, moments(PATCHES)):
+    for together in (None, {3: moments(PATCHES)}):
         model = onnx.load_from_string(int8_model(layers, weights, ranges_of(SMALL), 15, together))
         (merged,) = (onnx.numpy_helper.to_array(one) for one in model.graph.initializer if one.name == "stem.w.q")
         first = merged.reshape(2, len(stem), 4, 3, 3, 2)[0]  # of two columns of the result
@@ -483,37 +496,43 @@ def test_first_convolution_is_rounded_for_what_it_sees():
     assert errors[1] < 0.1 * errors[0]
 
 
-def convolved(values, weight, strides, before):
-    """Sums of (H, W, C) values, with a border of noughts of one row, and of `before` columns on the left."""
+def convolved(values, weight, strides, border):
+    """Sums of (H, W, C) values beyond whose border of (rows, columns), each (before, after), there are zeros."""
     rows, across = weight.shape[2:]
-    padded = np.pad(values, ((1, rows), (before, across), (0, 0)))
+    padded = np.pad(values, (*border, (0, 0)))
     high, wide = values.shape[0] // strides[0], values.shape[1] // strides[1]
     views = [[padded[y * strides[0] :, x * strides[1] :][:rows, :across] for x in range(wide)] for y in range(high)]
     return np.einsum("oikl,yxkli->yxo", weight, np.array(views))
 
 
-@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([2, 4, 8]), st.integers(0, 99))
-def test_columns_side_by_side_give_the_same_sums(outputs, channels, taken, seed):
+KERNELS = st.sampled_from([(3, 2, 1, 2), (3, 2, 1, 4), (3, 2, 1, 8), (6, 4, 0, 4), (6, 4, 1, 8), (5, 1, 2, 2)])
+
+
+@given(st.integers(1, 3), st.integers(1, 3), KERNELS, st.integers(0, 99))
+def test_columns_side_by_side_give_the_same_sums(outputs, channels, kernel, seed):
+    side, stride, first, taken = kernel
+    layer = Conv(name="c", source=INPUT, inputs=channels, outputs=outputs, kernel=side, stride=stride, first=first)
     rng = np.random.default_rng(seed)
-    weight = rng.integers(-64, 65, (outputs, channels, 3, 3))
-    values = rng.integers(-128, 128, (6, 3 * taken, channels))
-    beside = values.reshape(6, 3, taken * channels)
-    found = convolved(beside, side_by_side(weight, taken), (2, 1), 1)
-    wanted = convolved(values, weight, (2, 2), 1)
+    weight = rng.integers(-64, 65, layer.weight_shape)
+    values = rng.integers(-128, 128, (8, 3 * taken, channels))
+    beside = side_by_side(weight, layer, taken)
+    found = convolved(values.reshape(8, 3, taken * channels), beside.weight, (stride, 1), (layer.border, beside.border))
+    wanted = convolved(values, weight, (stride, stride), (layer.border, layer.border))
     assert np.array_equal(found.reshape(wanted.shape), wanted)
 
 
-def test_int8_network_is_run_in_whole_numbers_but_for_the_last_convolution_of_each_head(tmp_path):
+@pytest.mark.parametrize("shape", [SMALL, BESIDE], ids=["alone", "beside"])
+def test_int8_network_is_run_in_whole_numbers_but_for_the_last_convolution_of_each_head(tmp_path, shape):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3
-    whole = int8_model(plan(SMALL), weights_of(SMALL), ranges_of(SMALL), 15)
+    whole = int8_model(plan(shape), weights_of(shape), ranges_of(shape), 15)
     onnxruntime.InferenceSession(whole, options, providers=["CPUExecutionProvider"])
     nodes = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
     assert nodes["DequantizeLinear"] == nodes["MatMul"] == len(head_names())
     assert nodes["QuantizeLinear"] == nodes["Conv"] == 0
-    assert nodes["QLinearAdd"] == sum(isinstance(layer, Merge) for layer in plan(SMALL))
+    assert nodes["QLinearAdd"] == sum(isinstance(layer, Merge | Sum) for layer in plan(shape))
 
 
 def test_zero_is_exact_in_every_range():
@@ -527,7 +546,7 @@ def test_every_layer_of_a_plan_reads_what_an_earlier_one_wrote():
     known = {"picture"}
     for layer in plan(Shape()):
         sources = {getattr(layer, name) for name in ("source", "lateral", "deeper") if hasattr(layer, name)}
-        assert sources | set(getattr(layer, "sources", ())) <= known
+        assert sources | set(getattr(layer, "sources", ())) | set(getattr(layer, "parts", ())) <= known
         known.add(layer.name)
     assert set(head_names()) <= known
 
@@ -562,13 +581,16 @@ def test_nothing_beyond_the_border_is_grey():
 
 
 @torch_needed
-def test_exported_network_computes_what_was_trained():
+@pytest.mark.parametrize("shape", [SMALL, BESIDE], ids=["alone", "beside"])
+def test_exported_network_computes_what_was_trained(shape):
     import torch  # noqa: PLC0415
 
     from tools.training.network import Network, folded  # noqa: PLC0415
 
     torch.manual_seed(0)
-    network = Network(SMALL).train()
+    network = Network(shape).train()
+    for module in network.convs.values():
+        torch.nn.init.normal_(module.norm.bias if hasattr(module, "norm") else module.conv.bias, std=0.3)
     for _ in range(3):
         network(torch.rand(2, 3, 64, 96))
     network.eval()
@@ -585,7 +607,7 @@ def trained(torch, shape):
     torch.manual_seed(0)
     network = Network(shape).train()
     for module in network.convs.values():
-        torch.nn.init.normal_(module[1].bias if len(module) > 1 else module[0].bias, std=0.3)
+        torch.nn.init.normal_(module.norm.bias if hasattr(module, "norm") else module.conv.bias, std=0.3)
     for _ in range(3):
         network(torch.rand(2, 3, 64, 96))
     weights = {name: (weight.numpy(), bias.numpy()) for name, (weight, bias) in folded(network.eval()).items()}
@@ -617,6 +639,130 @@ def test_warm_start_computes_what_the_file_computes_and_trains_as_if_it_had_neve
     )
     after(picture).square().sum().backward()
     assert all(float(value.grad.abs().max()) > 0 for value in after.parameters())
+
+
+@torch_needed
+def test_trunk_beside_changes_nothing_at_first_and_is_trained_but_for_what_is_borrowed(tmp_path):
+    import torch  # noqa: PLC0415
+
+    from tools.training.network import Network, folded  # noqa: PLC0415
+    from tools.training.shipping import write  # noqa: PLC0415
+    from tools.training.start import start_from  # noqa: PLC0415
+
+    before, model = trained(torch, SMALL)
+    path = write(tmp_path, "shipped-float", model, dict.fromkeys(CLASSES, 0.5), {})
+    after = Network(BESIDE)
+    after.keep(trunk_names(BESIDE, 8))
+    borrowed = {
+        name: tuple(np.random.default_rng(0).normal(0, 0.1, part.shape).astype(np.float32) for part in parts)
+        for name, parts in folded(after).items()
+        if name.startswith("borrowed")
+    }
+    after.borrow(borrowed)
+    tiles = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), np.uint8)
+    start_from(after, path, [tiles])
+    picture = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        assert torch.allclose(after.eval()(picture), before(picture), atol=1e-3)
+    kept = {name: value.clone() for name, value in after.state_dict().items()}
+    optimiser = torch.optim.AdamW([value for value in after.parameters() if value.requires_grad], lr=1e-3)
+    for _ in range(2):  # in the second step what leads to a silent convolution learns too
+        optimiser.zero_grad()
+        after.train()(picture).square().mean().backward()
+        optimiser.step()
+    same = {name for name, value in after.state_dict().items() if torch.equal(value, kept[name])}
+    still = {name.split(".")[1] for name in same if name.endswith("conv.weight")}
+    assert still == {*borrowed, "stem", "s4_0", "s8_0", "s8_1"}
+    for name, parts in borrowed.items():
+        assert all(np.array_equal(one, other) for one, other in zip(folded(after)[name], parts, strict=True))
+
+
+@torch_needed
+def test_borrowed_weights_of_whole_steps_stay_so_in_the_float_file_and_are_read_back(tmp_path):
+    import torch  # noqa: PLC0415
+
+    from tools.training.network import Network, folded  # noqa: PLC0415
+    from tools.training.shipping import write  # noqa: PLC0415
+    from tools.training.start import start_from  # noqa: PLC0415
+
+    network, _ = trained(torch, BESIDE)
+    rng = np.random.default_rng(0)
+    for name, (weight, bias) in folded(network).items():
+        if name.startswith("borrowed") and name != "borrowed":
+            steps = rng.integers(-126, 127, weight.shape)
+            steps[:, 0, 0, 0] = 127
+            network.borrow(
+                {name: ((steps * rng.uniform(1e-4, 2e-3, (len(bias), 1, 1, 1))).astype(np.float32), bias.numpy())}
+            )
+    weights = {name: (weight.numpy(), bias.numpy()) for name, (weight, bias) in folded(network).items()}
+    model = float_model(network.layers, weights, 15)
+    kinds = {one.name: one.data_type for one in onnx.load_from_string(model).graph.initializer}
+    assert kinds["borrowed1a.w.q"] == onnx.TensorProto.INT8
+    assert kinds["borrowed.w"] == kinds["far32_0.w"] == onnx.TensorProto.FLOAT
+    path = write(tmp_path, "shipped-float", model, dict.fromkeys(CLASSES, 0.5), {})
+    after = Network(BESIDE)
+    start_from(after, path, [PICTURE[:, :64, :64]])
+    picture = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.allclose(after.eval()(picture), network(picture), atol=1e-3)
+
+
+def data_folder(path, count=12):
+    """A folder of small labelled pictures, each of them its own group."""
+    (path / "train").mkdir(parents=True)
+    rng, items = np.random.default_rng(2), []
+    for number in range(count):
+        name = f"{number}.png"
+        Image.fromarray(rng.integers(0, 256, (96, 128, 3), np.uint8)).save(path / "train" / name)
+        boxes = [["person", 20, 10, 60, 90]]
+        items.append({"file": name, "w": 128, "h": 96, "source": "own", "boxes": boxes, "pseudo": []})
+    (path / "labels.json").write_text(json.dumps(items))
+    return path
+
+
+@torch_needed
+def test_run_has_a_borrowed_trunk_where_its_beginning_brings_one_and_leaves_it_as_it_is(tmp_path, monkeypatch):
+    import torch  # noqa: PLC0415
+
+    from tools.__main__ import main  # noqa: PLC0415
+    from tools.training import loop  # noqa: PLC0415
+    from tools.training.efficientnet import trunk  # noqa: PLC0415
+
+    rng = np.random.default_rng(0)
+    borrowed = {
+        layer.name: (
+            rng.normal(0, 0.05, layer.weight_shape).astype(np.float32),
+            np.zeros(layer.outputs, np.float32),
+        )
+        for layer in trunk()
+        if isinstance(layer, Conv)
+    }
+    monkeypatch.setattr(loop, "read", lambda _: borrowed)
+    data = data_folder(tmp_path / "data")
+    common = ["train", "network", str(data), "--tile", "64", "--batch", "1", "--minutes", "5"]
+
+    def trained_to(folder, steps, *options):
+        assert main([*common, "--folder", str(tmp_path / folder), "--steps", str(steps), *options]) == 0
+        return torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)
+
+    plain = trained_to("plain", 1)
+    assert json.loads(plain["shape"])["beside"] == 0
+    first = trained_to("first", 1, "--borrow", "lite.tflite", "--keep", "8")
+    again = trained_to("first", 3, "--resume", str(tmp_path / "first" / "checkpoint.pt"), "--keep", "8")
+    assert (first["step"], again["step"]) == (1, 3)
+    for name, (weight, _) in borrowed.items():
+        assert np.array_equal(again["network"][f"convs.{name}.conv.weight"].numpy(), weight)
+    moved = {name for name, value in again["network"].items() if not torch.equal(value, first["network"][name])}
+    assert not [name for name in moved if name.startswith(("convs.stem", "convs.s4", "convs.s8", "convs.borrowed"))]
+    assert "convs.out8.conv.weight" in moved
+    out = tmp_path / "out"
+    assert (
+        main(["train", "ship", str(data), "--checkpoint", str(tmp_path / "first/checkpoint.pt"), "--out", str(out)])
+        == 0
+    )
+    started = trained_to("started", 1, "--start", str(out / "detector-float.json"))
+    for name, (weight, _) in borrowed.items():
+        assert np.allclose(started["network"][f"convs.{name}.conv.weight"].numpy(), weight, atol=1e-6)
 
 
 @torch_needed

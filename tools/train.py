@@ -11,12 +11,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from tools.training.dataset import Entry, difference_hash, load_picture, read_entries, split
+from tools.training.plan import Shape
 
 CALIBRATION = 96  # pictures
 SEED = 3  # of their choice
@@ -39,6 +41,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     network.add_argument("--seed", type=int, default=1)
     network.add_argument("--threads", type=int, default=2)
     network.add_argument("--device", default="cpu")
+    network.add_argument("--keep", type=int, default=0, metavar="STRIDE", help="leave the trunk as it is up to here")
+    network.add_argument(
+        "--borrow",
+        type=Path,
+        metavar="TFLITE",
+        help="efficientdet-lite0.tflite, for a trunk beside the own one; --start and --resume bring theirs along",
+    )
     begin = network.add_mutually_exclusive_group()
     begin.add_argument("--start", type=Path, help="manifest of a float file whose weights to begin with")
     begin.add_argument("--resume", type=Path, help="checkpoint to go on from")
@@ -72,7 +81,6 @@ def run_network(args: argparse.Namespace) -> int:
     """Train until the plan ends."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else threads that wait for one another burn a shared CPU
     from tools.training.loop import Plan, Trainer  # noqa: PLC0415 - torch is an optional, slow import
-    from tools.training.plan import Shape  # noqa: PLC0415
     from tools.training.tiles import Album, Stream  # noqa: PLC0415
 
     training, _ = divided(args.data, args.labels or args.data / "labels.json")
@@ -84,9 +92,12 @@ def run_network(args: argparse.Namespace) -> int:
         rate=args.rate,
         threads=args.threads,
         device=args.device,
+        keep=args.keep,
         stream=Stream(sides=tuple(args.tile), batch=args.batch, seed=args.seed),
     )
-    trainer = Trainer(Shape(), plan)
+    trainer = Trainer(_shape(args), plan)
+    if args.borrow:
+        trainer.borrow(args.borrow)
     if args.resume:
         trainer.resume(args.resume)
     elif args.start:
@@ -96,6 +107,18 @@ def run_network(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, lambda *_: setattr(trainer, "stopping", True))
     print(trainer.run(album))
     return 0
+
+
+def _shape(args: argparse.Namespace) -> Shape:
+    """The shipped shape, without a borrowed trunk where none is brought; a checkpoint's own."""
+    from tools.training.loop import shape_in  # noqa: PLC0415
+    from tools.training.start import holds_borrowed  # noqa: PLC0415
+
+    if args.resume:
+        return shape_in(args.resume)
+    if args.borrow or (args.start and holds_borrowed(args.start)):
+        return Shape()
+    return replace(Shape(), beside=0)
 
 
 def run_complete(args: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
 The graph's input is the picture itself, uint8 (1, H, W, 3), its output float32 (1, N, classes * 5). In int8 the
 picture's bytes are the first convolution's quantised input (scale 1/255), weights are signed per channel and keep to
 +-64, so that CPUs without VNNI cannot saturate (255 * 64 * 2 < 2^15). The last convolution of each head stays float.
-The first two convolutions, of few channels, look at several columns at once (`side_by_side`): equal sums in less time.
+Convolutions of few channels next to the picture look at several columns at once (`side_by_side`): equal sums in less
+time.
 
 A network is trained on RGB and shipped for the YCbCr that JPEG holds: the first convolution's weights take the
 conversion in, so that nobody has to do it for each pixel. Its input is (sample - 128) / 255 in all three planes; what
@@ -19,15 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from tools.training.graph import Graph
-from tools.training.plan import CHANNELS, INPUT, MIDDLE, Concat, Conv, Layer, Merge, Pool, head_names
+from tools.training.efficientnet import Convolution
+from tools.training.graph import Beside, Graph
+from tools.training.layers import CEILING, CHANNELS, INPUT, MIDDLE, Concat, Conv, Layer, Merge, Pool, Sum
+from tools.training.plan import head_names
 from tools.training.rounding import rounded
 
 WEIGHT_LIMIT = 64  # reduced range
+BORROWED_LIMIT = 127  # the range of what borrowed weights were written in
 RGB_FROM_YCC = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])  # of Y, Cb - 128, Cr - 128: JFIF
-Convolution = tuple[NDArray[np.float32], NDArray[np.float32]]  # weight and bias
 Weights = Mapping[str, Convolution]
 COLUMNS = 4  # of the picture that the int8 network takes as one
+_ENDS = {"low": 0.0, "high": CEILING}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +70,14 @@ def int8_model(
     weights: Weights,
     ranges: Mapping[str, Range],
     values: int,
-    together: NDArray[np.float64] | None = None,
+    together: Mapping[int, NDArray[np.float64]] | None = None,
 ) -> bytes:
     """The same in int8 with float heads; `ranges` by layer name from calibration.
 
-    `together` are the moments (tools.training.rounding) of what the first convolution sees; without, it is rounded
-    as all others are.
+    `together` are the moments (tools.training.rounding) of what a convolution of the picture sees, by the side of its
+    kernel; without, it is rounded as all others are.
     """
-    whole = _Whole(weights=_for_ycc(layers, weights), together=together)
+    whole = _Whole(weights=_for_ycc(layers, weights), together=together or {})
     for layer in layers:
         whole.grids[layer.name] = _grid(layer, whole.grids, ranges)
         whole.names[layer.name] = whole.layer(layer)
@@ -111,25 +115,43 @@ def _float_layer(graph: Graph, layer: Layer, names: Mapping[str, str], weights: 
         weight, bias = weights[layer.name]
         inputs = [
             names[layer.source],
-            graph.constant(f"{layer.name}.w", weight),
+            _weight(graph, layer, weight),
             graph.constant(f"{layer.name}.b", bias),
         ]
         result = graph.convolution(layer, inputs, f"{layer.name}.raw" if layer.relu else layer.name)
+        if layer.relu and layer.borrowed:
+            ends = [graph.constant(f"{layer.name}.{end}", np.float32(value)) for end, value in _ENDS.items()]
+            return graph.add("Clip", [result, *ends], layer.name)
         return graph.add("Relu", [result], layer.name) if layer.relu else result
     if isinstance(layer, Pool):
         return graph.pool(names[layer.source], layer.name)
     if isinstance(layer, Concat):
         return graph.add("Concat", [names[name] for name in layer.sources], layer.name, axis=1)
+    if isinstance(layer, Sum):
+        total = graph.add(
+            "Add", [names[part] for part in layer.parts], f"{layer.name}.raw" if layer.relu else layer.name
+        )
+        return graph.add("Relu", [total], layer.name) if layer.relu else total
     parts = [names[layer.lateral], graph.twice(names[layer.deeper], layer.name)]
     return graph.add("Relu", [graph.add("Add", parts, f"{layer.name}.raw")], layer.name)
 
 
+def _weight(graph: Graph, layer: Conv, weight: NDArray[np.float32]) -> str:
+    """A weight of the float network; a borrowed one of whole steps keeps them, a quarter of the bytes."""
+    if layer.borrowed:
+        scales = weight_scales(weight, BORROWED_LIMIT)
+        steps = np.round(weight / scales[:, None, None, None]).astype(np.int8)
+        if np.allclose(steps * scales[:, None, None, None], weight, rtol=1e-4, atol=0):
+            return graph.real_constant(steps, scales, f"{layer.name}.w")
+    return graph.constant(f"{layer.name}.w", weight)
+
+
 def _grid(layer: Layer, grids: Mapping[str, tuple[float, int]], ranges: Mapping[str, Range]) -> tuple[float, int]:
-    """Pooling and concatenation keep the grid of their first source; all others take the calibrated range."""
+    """Pooling keeps its source's grid, concatenation (of nothing negative) the widest; all others have their range."""
     if isinstance(layer, Pool):
         return grids[layer.source]
     if isinstance(layer, Concat):
-        return grids[layer.sources[0]]
+        return max(grids[source] for source in layer.sources)
     relu = isinstance(layer, Merge) or layer.relu
     found = ranges[layer.name]
     return Range(low=0.0, high=found.high).grid() if relu else found.grid()
@@ -143,7 +165,7 @@ class _Whole:
     """
 
     weights: Weights
-    together: NDArray[np.float64] | None
+    together: Mapping[int, NDArray[np.float64]]
     graph: Graph = field(default_factory=Graph)
     names: dict[str, str] = field(default_factory=dict)
     grids: dict[str, tuple[float, int]] = field(default_factory=lambda: {INPUT: (1 / 255, MIDDLE)})
@@ -164,6 +186,9 @@ class _Whole:
         if isinstance(layer, Concat):
             parts = [self._real(source, f"{name}.{source}") for source in layer.sources]
             return graph.quantised(graph.add("Concat", parts, f"{name}.joined", axis=1), grid, name)
+        if isinstance(layer, Sum):
+            parts = [self._real(part, f"{name}.{part}") for part in layer.parts]
+            return graph.quantised(graph.add("Add", parts, f"{name}.sum"), grid, name)
         large = graph.repeated(self.names[layer.deeper], name, len(self.weights[layer.lateral][1]))
         added = graph.real(large, self.grids[layer.deeper], f"{name}.added")
         parts = [self._real(layer.lateral, f"{name}.lateral"), added]
@@ -178,25 +203,25 @@ class _Whole:
         scales = weight_scales(weight)
         steps = self._steps(layer, weight / scales[:, None, None, None])
         bias_scales = (scales * self.grids[layer.source][0]).astype(np.float32)
-        offsets = np.round(bias / bias_scales).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32)
+        offsets = np.round(bias.astype(np.float64) / bias_scales).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32)
         taken = self.columns.get(layer.source, 1)
-        made = taken // 2
-        if made:
-            self.columns[name] = made
-            steps, scales = side_by_side(steps, taken), np.tile(scales, made)
-            bias_scales, offsets = np.tile(bias_scales, made), np.tile(offsets, made)
+        beside = side_by_side(steps, layer, taken) if taken > 1 else None
+        if beside:
+            self.columns[name], steps = beside.made, beside.weight
+            scales, bias_scales = np.tile(scales, beside.made), np.tile(bias_scales, beside.made)
+            offsets = np.tile(offsets, beside.made)
         inputs = [
             self._real(layer.source, f"{name}.in"),
             graph.real_constant(steps, scales, f"{name}.w"),
             graph.real_constant(offsets, bias_scales, f"{name}.b"),
         ]
-        result = graph.convolution(layer, inputs, f"{name}.sum", merged=bool(made))
+        result = graph.convolution(layer, inputs, f"{name}.sum", beside)
         return graph.quantised(result, self.grids[name], name)
 
     def _steps(self, layer: Conv, exact: NDArray[np.float32]) -> NDArray[np.int8]:
-        if layer.source != INPUT or self.together is None:
+        if layer.source != INPUT or layer.kernel not in self.together:
             return np.round(exact).astype(np.int8)
-        steps = rounded(exact.reshape(len(exact), -1), self.together, WEIGHT_LIMIT)
+        steps = rounded(exact.reshape(len(exact), -1), self.together[layer.kernel], WEIGHT_LIMIT)
         return steps.reshape(exact.shape).astype(np.int8)
 
     def _cells(self, layer: Conv) -> str:
@@ -210,23 +235,25 @@ class _Whole:
         return graph.add("Add", [product, graph.constant(f"{name}.b", bias)], name)
 
 
-def side_by_side(weight: NDArray[np.int8], taken: int) -> NDArray[np.int8]:
-    """Weight (O, C, 3, 3) of a convolution of stride 2, for an input that holds `taken` columns as channels of one.
+def side_by_side(weight: NDArray[np.int8], layer: Conv, taken: int) -> Beside:
+    """A convolution (O, C, K, K) for an input that holds `taken` columns, a multiple of its stride, as channels of one.
 
-    It becomes (O taken / 2, C taken, 3, 2), of stride 2 down and 1 across, and makes half as many columns of one. The
-    sums are the same. Between few channels it takes half the time, for what is gathered for a sum lies together.
+    It makes taken / stride columns of one, with the same sums. Between few channels it takes half the time, for what is
+    gathered for a sum lies together.
     """
-    outputs, channels = weight.shape[:2]
-    made = taken // 2
-    result = np.zeros((made, outputs, taken, channels, 3, 2), weight.dtype)
-    for column in range(made):
-        for across in range(3):
-            place = 2 * column + across - 1  # in the column's own group; -1 is the last of the group before
-            result[column, :, place, :, :, 0 if place < 0 else 1] = weight[..., across]
-    return result.reshape(made * outputs, taken * channels, 3, 2)
+    outputs, channels, rows, across = weight.shape
+    made = taken // layer.stride
+    places = layer.stride * np.arange(made)[:, None] + np.arange(across) - layer.border[0]  # in columns of the input
+    groups = places // taken
+    first, last = int(groups.min()), int(groups.max())
+    result = np.zeros((made, outputs, taken, channels, rows, last - first + 1), weight.dtype)
+    for (column, step), place in np.ndenumerate(places):
+        result[column, :, place % taken, :, :, groups[column, step] - first] = weight[..., step]
+    flat = result.reshape(made * outputs, taken * channels, rows, last - first + 1)
+    return Beside(weight=flat, border=(-first, last), made=made)
 
 
-def weight_scales(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Step of each output channel, so that its largest weight is 64 steps."""
+def weight_scales(weight: NDArray[np.float32], limit: int = WEIGHT_LIMIT) -> NDArray[np.float32]:
+    """Step of each output channel, so that its largest weight is `limit` steps."""
     largest = np.abs(weight).reshape(weight.shape[0], -1).max(axis=1)
-    return np.asarray(np.maximum(largest, 1e-8) / WEIGHT_LIMIT, np.float32)
+    return np.asarray(np.maximum(largest, 1e-8) / limit, np.float32)

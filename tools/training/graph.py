@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,23 @@ import onnx
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from tools.training.plan import CHANNELS, INPUT, Conv
+from tools.training.layers import CHANNELS, INPUT, Conv
 
 OPSET = 13  # first opset with per-channel QuantizeLinear
 IR_VERSION = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """A convolution for an input whose columns hold several of the plan's as channels.
+
+    `weight` (O made, C taken, rows, groups of columns), of stride 1 across; `border`: groups before the first and
+    after the last; `made` is how many columns of its result lie side by side.
+    """
+
+    weight: NDArray[np.int8]
+    border: tuple[int, int]
+    made: int
 
 
 class Graph:
@@ -32,16 +46,17 @@ class Graph:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=f"{kind}_{output}", **attributes))
         return output
 
-    def convolution(self, layer: Conv, inputs: list[str], output: str, *, merged: bool = False) -> str:
-        """`merged`: with the weights of `tools.training.export.side_by_side`."""
-        around = layer.kernel // 2
+    def convolution(self, layer: Conv, inputs: list[str], output: str, beside: Beside | None = None) -> str:
+        """`beside`: with its weight for columns that lie side by side."""
+        rows, columns = layer.border, layer.border if beside is None else beside.border
         return self.add(
             "Conv",
             inputs,
             output,
-            kernel_shape=[layer.kernel, 2] if merged else [layer.kernel] * 2,
-            strides=[layer.stride, 1] if merged else [layer.stride] * 2,
-            pads=[around, 1, around, 0] if merged else [around] * 4,
+            kernel_shape=[layer.kernel, layer.kernel if beside is None else beside.weight.shape[3]],
+            strides=[layer.stride, layer.stride if beside is None else 1],
+            pads=[rows[0], columns[0], rows[1], columns[1]],
+            group=layer.groups,
         )
 
     def pool(self, source: str, output: str) -> str:

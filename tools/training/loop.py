@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tools.training.dataset import Targets
+from tools.training.efficientnet import read
 from tools.training.losses import Cells, Loss, Objects, loss_of
 from tools.training.network import Network
-from tools.training.plan import Shape
+from tools.training.plan import Shape, trunk_names
 from tools.training.start import start_from
 from tools.training.tiles import Album, Stream, batch_of
 
@@ -41,7 +43,7 @@ MEASURED = 12  # batches on which the norms of a warm start are measured
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How to train."""
+    """How to train. `keep`: convolutions up to this stride stay as they are."""
 
     folder: Path
     minutes: float
@@ -51,6 +53,7 @@ class Plan:
     stream: Stream = field(default_factory=Stream)
     threads: int = 2
     workers: int = 1
+    keep: int = 0
     checkpoint_minutes: float = 4.0
     device: str = "cpu"
 
@@ -77,6 +80,7 @@ class Trainer:
         self.plan = plan
         self.device = torch.device(plan.device)
         self.network = Network(shape).to(self.device, memory_format=torch.channels_last)
+        self.network.keep(trunk_names(shape, plan.keep))
         self.average = copy.deepcopy(self.network).eval().requires_grad_(requires_grad=False)
         self.optimiser = torch.optim.AdamW(_groups(self.network, plan.decay), lr=plan.rate, fused=True)
         self.step = self.tiles = 0
@@ -90,6 +94,11 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.tiles, self.spent_s = int(state["step"]), int(state["tiles"]), float(state["spent_s"])
+
+    def borrow(self, lite: Path) -> None:
+        """Take the borrowed trunk's weights from a .tflite file."""
+        self.network.borrow(read(lite))
+        self.average.load_state_dict(self.network.state_dict())
 
     def start(self, manifest: Path, album: Album) -> None:
         """Begin with the weights of a shipped float file instead of random ones."""
@@ -197,25 +206,21 @@ def follow(average: nn.Module, network: nn.Module, step: int) -> None:
 
 def _groups(network: nn.Module, decay: float) -> list[dict[str, object]]:
     """Weight decay for kernels only, not for norms and biases."""
-    kernels = [value for value in network.parameters() if value.ndim > 1]
-    others = [value for value in network.parameters() if value.ndim <= 1]
+    trained = [value for value in network.parameters() if value.requires_grad]
+    kernels = [value for value in trained if value.ndim > 1]
+    others = [value for value in trained if value.ndim <= 1]
     return [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def shape_of(text: str) -> Shape:
-    """The shape that a checkpoint holds as JSON."""
-    fields = json.loads(text)
-    return Shape(
-        widths=tuple(fields["widths"]),
-        blocks=tuple(fields["blocks"]),
-        neck=fields["neck"],
-        classes=fields["classes"],
-    )
+def shape_in(checkpoint: Path) -> Shape:
+    """The shape of a checkpoint's network."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return msgspec.json.decode(state["shape"], type=Shape)
 
 
 def load_average(checkpoint: Path) -> Network:
     """The averaged network of a checkpoint, ready to be exported."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    network = Network(shape_of(state["shape"]))
+    network = Network(shape_in(checkpoint))
     network.load_state_dict(state["average"])
     return network.eval()

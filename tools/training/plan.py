@@ -2,7 +2,7 @@
 
 The same plan is run by PyTorch for training and written as ONNX by `tools.training.export`, so that what is trained is
 what is shipped. Every convolution of the trunk is convolution + batch norm + ReLU, which folds into one integer
-convolution.
+convolution. Beside the trunk, a borrowed one looks at half the picture's size (`tools.training.borrowed`).
 
 Output of a cell: for each class a quality score (logit) and the logarithms of the distances, in strides, from the
 cell's centre to the left, top, right and bottom side. Classes do not compete for a cell: a face and the person who
@@ -13,67 +13,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tools.training.efficientnet import AT_16, AT_32, WIDTH_AT_16, WIDTH_AT_32, trunk
+from tools.training.layers import CHANNELS, INPUT, Concat, Conv, Layer, Merge, Pool, Sum
+
 STRIDES = (8, 16, 32)
 VALUES_PER_CLASS = 5  # score, left, top, right, bottom
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Widths and depths: `widths` of strides 2, 4, 8, 16, 32; `blocks` extra convolutions at 4, 8, 16, 32."""
+    """Widths and depths: `widths` of strides 2, 4, 8, 16, 32; `blocks` extra convolutions at 4, 8, 16, 32.
+
+    `beside` is the width of what is made of the borrowed trunk; 0 leaves it out.
+    """
 
     widths: tuple[int, int, int, int, int] = (8, 24, 48, 96, 128)
     blocks: tuple[int, int, int, int] = (0, 2, 2, 2)
     neck: int = 48
+    beside: int = 64
     classes: int = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conv:
-    """Square convolution; with `relu` also batch norm before it while training."""
-
-    name: str
-    source: str
-    inputs: int
-    outputs: int
-    kernel: int = 3
-    stride: int = 1
-    relu: bool = True
-
-    @property
-    def deepens(self) -> bool:
-        """Whether it may begin as the identity: as wide as what it takes, which is not negative, and as large."""
-        return self.relu and self.inputs == self.outputs and self.kernel == 3 and self.stride == 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """Maximum over 5x5 cells, stride 1: widens the view without weights."""
-
-    name: str
-    source: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Concat:
-    """Channels of all sources, in order."""
-
-    name: str
-    sources: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Merge:
-    """ReLU of a lateral map plus the deeper map enlarged twice by repetition."""
-
-    name: str
-    lateral: str
-    deeper: str
-
-
-Layer = Conv | Pool | Concat | Merge
-INPUT = "picture"
-CHANNELS = 3  # of a picture
-MIDDLE = 128  # of a sample: chroma without colour, what is subtracted from luma too, and what the border is padded with
 
 
 def head_names() -> tuple[str, ...]:
@@ -83,7 +41,33 @@ def head_names() -> tuple[str, ...]:
 
 def plan(shape: Shape) -> tuple[Layer, ...]:
     """The layers of a shape in the order in which they run."""
-    return (*_trunk(shape), *_neck(shape), *_heads(shape))
+    return (*_trunk(shape), *beside_layers(shape), *_neck(shape), *_heads(shape))
+
+
+def beside_layers(shape: Shape) -> list[Layer]:
+    """The borrowed trunk and what is made of it for strides 16 and 32: nothing at first, for `see` is silent."""
+    wide = shape.beside
+    if not wide:
+        return []
+    return [
+        *trunk(),
+        Conv(name="far32_0", source=AT_32, inputs=WIDTH_AT_32, outputs=wide),
+        Conv(name="far32_1", source="far32_0", inputs=wide, outputs=wide),
+        Conv(name="see32", source="far32_1", inputs=wide, outputs=shape.neck, kernel=1, relu=False, silent=True),
+        Conv(name="far16_0", source=AT_16, inputs=WIDTH_AT_16, outputs=wide, kernel=1, relu=False),
+        Merge(name="far16_1", lateral="far16_0", deeper="far32_1"),
+        Conv(name="far16_2", source="far16_1", inputs=wide, outputs=wide),
+        Conv(name="see16", source="far16_2", inputs=wide, outputs=shape.neck, kernel=1, relu=False, silent=True),
+        Conv(name="say32", source="far32_1", inputs=wide, outputs=wide),
+        Conv(name="say16", source="far16_2", inputs=wide, outputs=wide),
+    ]
+
+
+def trunk_names(shape: Shape, stride: int) -> list[str]:
+    """The convolutions of the own trunk up to a stride."""
+    prefixes = ["stem"] if stride >= 2 else []
+    prefixes += [f"s{one}_" for one in (4, 8, 16, 32) if one <= stride]
+    return [layer.name for layer in _trunk(shape) if layer.name.startswith(tuple(prefixes))] if prefixes else []
 
 
 def _trunk(shape: Shape) -> list[Layer]:
@@ -103,21 +87,32 @@ def _trunk(shape: Shape) -> list[Layer]:
 
 def _neck(shape: Shape) -> list[Layer]:
     neck, widths, blocks = shape.neck, shape.widths, shape.blocks
-    return [
+    layers: list[Layer] = [
         Conv(name="p32", source="deep", inputs=widths[4], outputs=neck, kernel=1),
         Conv(name="lat16", source=f"s16_{blocks[2]}", inputs=widths[3], outputs=neck, kernel=1, relu=False),
-        Merge(name="p16", lateral="lat16", deeper="p32"),
+        Merge(name="p16", lateral="lat16", deeper=_neck_name(shape, 32)),
         Conv(name="lat8", source=f"s8_{blocks[1]}", inputs=widths[2], outputs=neck, kernel=1, relu=False),
-        Merge(name="p8", lateral="lat8", deeper="p16"),
+        Merge(name="p8", lateral="lat8", deeper=_neck_name(shape, 16)),
     ]
+    if shape.beside:
+        layers.insert(3, Sum(name="both16", parts=("p16", "see16")))
+        layers.insert(1, Sum(name="both32", parts=("p32", "see32")))
+    return layers
+
+
+def _neck_name(shape: Shape, stride: int) -> str:
+    """The neck's map of a stride, with what was seen beside it."""
+    return f"both{stride}" if shape.beside and stride != STRIDES[0] else f"p{stride}"
 
 
 def _heads(shape: Shape) -> list[Layer]:
     layers: list[Layer] = []
     for stride, out in zip(STRIDES, head_names(), strict=True):
-        layers.append(Conv(name=f"head{stride}", source=f"p{stride}", inputs=shape.neck, outputs=shape.neck))
-        values = shape.classes * VALUES_PER_CLASS
-        layers.append(
-            Conv(name=out, source=f"head{stride}", inputs=shape.neck, outputs=values, kernel=1, relu=False),
-        )
+        neck = _neck_name(shape, stride)
+        layers.append(Conv(name=f"head{stride}", source=neck, inputs=shape.neck, outputs=shape.neck))
+        values, source, inputs = shape.classes * VALUES_PER_CLASS, f"head{stride}", shape.neck
+        if shape.beside and stride != STRIDES[0]:
+            layers.append(Concat(name=f"heads{stride}", sources=(source, f"say{stride}")))
+            source, inputs = f"heads{stride}", shape.neck + shape.beside
+        layers.append(Conv(name=out, source=source, inputs=inputs, outputs=values, kernel=1, relu=False))
     return layers

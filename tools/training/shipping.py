@@ -22,14 +22,14 @@ from agent.redaction.detector import converted, frame_of, prepared
 from agent.redaction.manifest import FORMAT, Input, Layout
 from tools.training.dataset import CLASSES
 from tools.training.export import Range, float_model, int8_model
+from tools.training.layers import INPUT, MIDDLE, Conv, Merge, Sum
 from tools.training.network import Network, folded
-from tools.training.plan import INPUT, MIDDLE, STRIDES, VALUES_PER_CLASS, Conv, Merge
+from tools.training.plan import STRIDES, VALUES_PER_CLASS
 from tools.training.rounding import moments
 
 TAIL = 1e-4  # share of a tensor's values beyond its calibrated range on each side
 SAMPLE = 20_000  # values kept of a tensor and picture for the percentiles
-PATCHES = 2_000  # of a picture, for the moments of the first convolution's inputs
-KERNEL = 3  # side of the first convolution's kernel
+PATCHES = 2_000  # of a picture, for the moments of what the picture's convolutions see
 
 GIVEN = Input(name=INPUT, colour="YCbCr", long_side=1280, upscale=1.0)
 TAUGHT = msgspec.structs.replace(GIVEN, colour="RGB")
@@ -45,7 +45,7 @@ class Shipped:
 
 def calibrated(network: Network, pictures: Iterable[NDArray[np.uint8]], given: Input = TAUGHT) -> dict[str, Range]:
     """Each tensor's range over pictures (H, W, 3) RGB, prepared as they are in training, cut at TAIL."""
-    names = [layer.name for layer in network.layers if isinstance(layer, Conv | Merge)]
+    names = [layer.name for layer in network.layers if isinstance(layer, Conv | Merge | Sum)]
     samples: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
     rng = np.random.default_rng(0)
     for picture in pictures:
@@ -58,17 +58,22 @@ def calibrated(network: Network, pictures: Iterable[NDArray[np.uint8]], given: I
     return {name: _range(np.concatenate(parts)) for name, parts in samples.items()}
 
 
-def together(pictures: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
-    """Moments of what the first convolution sees of pictures (H, W, 3) RGB, as the agent prepares them."""
-    patches: list[NDArray[np.float64]] = []
+def together(network: Network, pictures: Iterable[NDArray[np.uint8]]) -> dict[int, NDArray[np.float64]]:
+    """Moments of what the convolutions of the picture see, by the side of their kernels.
+
+    `pictures` (H, W, 3) RGB are prepared as by the agent.
+    """
+    sides = {layer.kernel for layer in network.layers if isinstance(layer, Conv) and layer.source == INPUT}
+    patches: dict[int, list[NDArray[np.float64]]] = {side: [] for side in sides}
     rng = np.random.default_rng(0)
     for picture in pictures:
         ycc = converted(picture, Colour.RGB, Colour.YCC)
         batch = prepared(ycc, frame_of(picture.shape[1], picture.shape[0], GIVEN), GIVEN)
-        seen = np.lib.stride_tricks.sliding_window_view(batch[0], (KERNEL, KERNEL), axis=(0, 1))
-        rows, columns = (rng.integers(0, size, PATCHES) for size in seen.shape[:2])
-        patches.append((seen[rows, columns].reshape(PATCHES, -1).astype(np.float64) - MIDDLE) / 255)
-    return moments(np.concatenate(patches))
+        for side, kept in patches.items():
+            seen = np.lib.stride_tricks.sliding_window_view(batch[0], (side, side), axis=(0, 1))
+            rows, columns = (rng.integers(0, size, PATCHES) for size in seen.shape[:2])
+            kept.append((seen[rows, columns].reshape(PATCHES, -1).astype(np.float64) - MIDDLE) / 255)
+    return {side: moments(np.concatenate(kept)) for side, kept in patches.items()}
 
 
 def _range(values: NDArray[np.float32]) -> Range:
@@ -82,7 +87,7 @@ def exported(network: Network, pictures: Sequence[NDArray[np.uint8]]) -> Shipped
     values = network.shape.classes * VALUES_PER_CLASS
     return Shipped(
         real=float_model(network.layers, weights, values),
-        int8=int8_model(network.layers, weights, calibrated(network, pictures), values, together(pictures)),
+        int8=int8_model(network.layers, weights, calibrated(network, pictures), values, together(network, pictures)),
     )
 
 

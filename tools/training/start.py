@@ -2,7 +2,7 @@
 
 The file holds convolutions with their batch norms folded in. Each norm is put back with the mean and variance that its
 convolution shows on training tiles, so that the network computes what the file computes and trains on. A network may be
-deeper than the file: what the file lacks begins by changing nothing.
+deeper than the file, or have a trunk beside it: what the file lacks begins by changing nothing.
 """
 
 # torch is read as if it were absent (pyproject.toml).
@@ -19,12 +19,15 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.nn import functional
 
 from agent.errors import AgentError
 from agent.redaction.manifest import read_manifest
+from tools.training.efficientnet import trunk
 from tools.training.export import rgb_from_ycc
+from tools.training.layers import INPUT, Conv
 from tools.training.network import Network, folded
-from tools.training.plan import INPUT, Conv
+from tools.training.plan import beside_layers, head_names
 
 
 class StartError(AgentError, ValueError):
@@ -32,25 +35,40 @@ class StartError(AgentError, ValueError):
 
 
 def weights_in(manifest: Path) -> dict[str, NDArray[np.float32]]:
-    """The float tensors of a manifest's ONNX file, by name."""
+    """The tensors of a manifest's float ONNX file, by name; borrowed weights as numbers where it has their steps."""
     model = onnx.load(manifest.parent / read_manifest(manifest).model)
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for name in [f"{layer.name}.w" for layer in trunk()]:
+        if f"{name}.q" in found:
+            found[name] = np.asarray(found[f"{name}.q"] * found[f"{name}.scale"][:, None, None, None], np.float32)
+    return found
+
+
+def holds_borrowed(manifest: Path) -> bool:
+    """Whether a float file has a borrowed trunk beside its own."""
+    return f"{trunk()[0].name}.w" in weights_in(manifest)
 
 
 def _folded_in(manifest: Path, network: Network) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight and bias of every convolution of the network as a file has them, for the RGB that training has."""
+    """Weight and bias of the network's convolutions as a file has them, for the RGB that training has.
+
+    What is made of the borrowed trunk may be missing, and stays as it is.
+    """
     weights = weights_in(manifest)
     if read_manifest(manifest).input.colour == "YCbCr":
         weights = _for_rgb(weights, network)
     found = {}
+    beside = {layer.name for layer in beside_layers(network.shape)}
     for layer in network.layers:
-        if not isinstance(layer, Conv):
+        if not isinstance(layer, Conv) or (layer.name in beside and f"{layer.name}.w" not in weights):
             continue
         name, module = layer.name, network.convs[layer.name]
         if f"{name}.w" not in weights and layer.deepens:
             found[name] = _unchanging(module.conv)
             continue
         weight, bias = (_tensor(weights, f"{name}.{part}", manifest) for part in "wb")
+        if name in head_names():  # may have more inputs than the file's, which begin unheard
+            weight = functional.pad(weight, (0, 0, 0, 0, 0, module.conv.in_channels - weight.shape[1]))
         if module.conv.weight.shape != weight.shape:
             message = f"{manifest}: {name}.w is {tuple(weight.shape)}, wanted {tuple(module.conv.weight.shape)}"
             raise StartError(message)
@@ -81,16 +99,18 @@ def _for_rgb(weights: dict[str, NDArray[np.float32]], network: Network) -> dict[
 def start_from(network: Network, manifest: Path, batches: Iterable[NDArray[np.uint8]]) -> None:
     """Give the network a file's weights; `batches` (B, H, W, 3) RGB are what the norms are measured on."""
     fresh = {name: float(module.conv.weight.detach().std()) for name, module in network.convs.items()}
-    for name, (weight, bias) in _folded_in(manifest, network).items():
+    found = _folded_in(manifest, network)
+    for name, (weight, bias) in found.items():
         _put(network.convs[name], weight, bias)
     for name, (mean, variance) in _measured(network, batches).items():
-        _refer(network.convs[name], mean, variance, fresh[name])
+        if name in found:
+            _refer(network.convs[name], mean, variance, fresh[name])
 
 
 def mean_with(network: Network, manifest: Path) -> None:
     """Give a network that is no longer trained the mean of its own weights and a file's, from which its run began.
 
-    Such means find more than either end of the way between them (arXiv 2203.05482).
+    Such means find more than either end of the way between them (arXiv 2203.05482). What the file lacks stays as it is.
     """
     own = folded(network)
     for name, parts in _folded_in(manifest, network).items():
