@@ -44,10 +44,12 @@ def test_drive_over_the_border_keeps_every_promise_although_the_agent_is_killed_
     assert counts["conserved"]
     assert counts["held"]
     assert counts["refused"]
-    before = sorted(tmp_path.glob("pictures/*-before.jpg"))
-    after = sorted(tmp_path.glob("pictures/*-after.jpg"))
-    assert len(before) == len(after) > 0
-    assert all(one.read_bytes() != other.read_bytes() for one, other in zip(before, after, strict=True))
+    pictures = json.loads((tmp_path / "run.json").read_text())["pictures"]
+    masked = [one for one in pictures if one["claimed"]]  # where nothing was found, the same bytes may leave
+    assert len(masked) > len(pictures) / 2
+    for one in masked:
+        before, after = (tmp_path / "pictures" / one[name] for name in ("before", "after"))
+        assert before.read_bytes() != after.read_bytes()
 
 
 @needs_model
