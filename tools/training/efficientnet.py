@@ -113,12 +113,9 @@ def _convolutions(model: Any, schema: Any) -> Iterator[Convolution]:  # noqa: AN
 
 
 def _values(model: Any, tensor: Any, schema: Any) -> NDArray[np.float32]:  # noqa: ANN401 - generated classes
-    """A constant tensor's numbers: int8 and int32 with a scale for all or for each of one axis, float32 as they are."""
-    kinds = schema.TensorType
-    kind = {kinds.INT8: np.int8, kinds.INT32: np.int32, kinds.FLOAT32: np.float32}[tensor.type]
+    """A constant tensor's numbers, int8 or int32 with a scale for all or for each of one axis."""
+    kind = {schema.TensorType.INT8: np.int8, schema.TensorType.INT32: np.int32}[tensor.type]
     raw = np.frombuffer(bytes(model.buffers[tensor.buffer].data), kind).reshape(tensor.shape)
-    if tensor.quantization is None or tensor.quantization.scale is None:
-        return np.asarray(raw, np.float32)
     shape = [1] * raw.ndim
     shape[tensor.quantization.quantizedDimension] = len(tensor.quantization.scale)
     return np.asarray(raw * np.reshape(tensor.quantization.scale, shape), np.float32)

@@ -110,7 +110,8 @@ def start_from(network: Network, manifest: Path, batches: Iterable[NDArray[np.ui
 def mean_with(network: Network, manifest: Path) -> None:
     """Give a network that is no longer trained the mean of its own weights and a file's, from which its run began.
 
-    Such means find more than either end of the way between them (arXiv 2203.05482). What the file lacks stays as it is.
+    Such means find more than either end of the way between them (arXiv 2203.05482). A layer that the file lacks stays
+    as it is; an input of a head that it lacks counts as zeros there.
     """
     own = folded(network)
     for name, parts in _folded_in(manifest, network).items():
