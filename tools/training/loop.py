@@ -13,9 +13,10 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -214,13 +215,20 @@ def _groups(network: nn.Module, decay: float) -> list[dict[str, object]]:
 
 def shape_in(checkpoint: Path) -> Shape:
     """The shape of a checkpoint's network."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return _shape_of(_state_in(checkpoint))
+
+
+def _state_in(checkpoint: Path) -> dict[str, Any]:
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)
+
+
+def _shape_of(state: Mapping[str, Any]) -> Shape:
     return msgspec.json.decode(state["shape"], type=Shape)
 
 
 def load_average(checkpoint: Path) -> Network:
     """The averaged network of a checkpoint, ready to be exported."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    network = Network(shape_in(checkpoint))
+    state = _state_in(checkpoint)
+    network = Network(_shape_of(state))
     network.load_state_dict(state["average"])
     return network.eval()

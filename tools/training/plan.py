@@ -2,7 +2,7 @@
 
 The same plan is run by PyTorch for training and written as ONNX by `tools.training.export`, so that what is trained is
 what is shipped. Every convolution of the trunk is convolution + batch norm + ReLU, which folds into one integer
-convolution. Beside the trunk, a borrowed one looks at half the picture's size (`tools.training.borrowed`).
+convolution. Beside the trunk, a borrowed one looks at half the picture's size (`tools.training.efficientnet`).
 
 Output of a cell: for each class a quality score (logit) and the logarithms of the distances, in strides, from the
 cell's centre to the left, top, right and bottom side. Classes do not compete for a cell: a face and the person who
@@ -17,6 +17,7 @@ from tools.training.efficientnet import AT_16, AT_32, WIDTH_AT_16, WIDTH_AT_32, 
 from tools.training.layers import CHANNELS, INPUT, Concat, Conv, Layer, Merge, Pool, Sum
 
 STRIDES = (8, 16, 32)
+JOINED = (16, 32)  # those at which the borrowed trunk has a say
 VALUES_PER_CLASS = 5  # score, left, top, right, bottom
 
 
@@ -65,9 +66,9 @@ def beside_layers(shape: Shape) -> list[Layer]:
 
 def trunk_names(shape: Shape, stride: int) -> list[str]:
     """The convolutions of the own trunk up to a stride."""
-    prefixes = ["stem"] if stride >= 2 else []
-    prefixes += [f"s{one}_" for one in (4, 8, 16, 32) if one <= stride]
-    return [layer.name for layer in _trunk(shape) if layer.name.startswith(tuple(prefixes))] if prefixes else []
+    stages = {2: "stem", 4: "s4_", 8: "s8_", 16: "s16_", 32: "s32_"}
+    kept = tuple(stage for one, stage in stages.items() if one <= stride)
+    return [layer.name for layer in _trunk(shape) if layer.name.startswith(kept)]
 
 
 def _trunk(shape: Shape) -> list[Layer]:
@@ -87,22 +88,31 @@ def _trunk(shape: Shape) -> list[Layer]:
 
 def _neck(shape: Shape) -> list[Layer]:
     neck, widths, blocks = shape.neck, shape.widths, shape.blocks
-    layers: list[Layer] = [
+    return [
         Conv(name="p32", source="deep", inputs=widths[4], outputs=neck, kernel=1),
+        *_joined(shape, 32),
         Conv(name="lat16", source=f"s16_{blocks[2]}", inputs=widths[3], outputs=neck, kernel=1, relu=False),
         Merge(name="p16", lateral="lat16", deeper=_neck_name(shape, 32)),
+        *_joined(shape, 16),
         Conv(name="lat8", source=f"s8_{blocks[1]}", inputs=widths[2], outputs=neck, kernel=1, relu=False),
         Merge(name="p8", lateral="lat8", deeper=_neck_name(shape, 16)),
     ]
-    if shape.beside:
-        layers.insert(3, Sum(name="both16", parts=("p16", "see16")))
-        layers.insert(1, Sum(name="both32", parts=("p32", "see32")))
-    return layers
+
+
+def _is_joined(shape: Shape, stride: int) -> bool:
+    """Whether the borrowed trunk has a say at this stride."""
+    return shape.beside > 0 and stride in JOINED
+
+
+def _joined(shape: Shape, stride: int) -> list[Layer]:
+    """What was seen beside, added to the neck's map of a stride."""
+    both = Sum(name=_neck_name(shape, stride), parts=(f"p{stride}", f"see{stride}"))
+    return [both] if _is_joined(shape, stride) else []
 
 
 def _neck_name(shape: Shape, stride: int) -> str:
     """The neck's map of a stride, with what was seen beside it."""
-    return f"both{stride}" if shape.beside and stride != STRIDES[0] else f"p{stride}"
+    return f"both{stride}" if _is_joined(shape, stride) else f"p{stride}"
 
 
 def _heads(shape: Shape) -> list[Layer]:
@@ -111,7 +121,7 @@ def _heads(shape: Shape) -> list[Layer]:
         neck = _neck_name(shape, stride)
         layers.append(Conv(name=f"head{stride}", source=neck, inputs=shape.neck, outputs=shape.neck))
         values, source, inputs = shape.classes * VALUES_PER_CLASS, f"head{stride}", shape.neck
-        if shape.beside and stride != STRIDES[0]:
+        if _is_joined(shape, stride):
             layers.append(Concat(name=f"heads{stride}", sources=(source, f"say{stride}")))
             source, inputs = f"heads{stride}", shape.neck + shape.beside
         layers.append(Conv(name=out, source=source, inputs=inputs, outputs=values, kernel=1, relu=False))
